@@ -1,0 +1,1 @@
+"""Complete programs, one file each."""

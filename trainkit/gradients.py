@@ -1,0 +1,217 @@
+"""From a loss to its gradient: functions with one signature, ``(state, batch) -> Gradients``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from trainkit import rng, tree
+from trainkit.state import TrainState, host_step
+from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput
+
+LossScale = Callable[[TrainState], Tensor]
+"""Reads the current loss scale (0-d tensor) out of the state."""
+
+
+def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None) -> GradientFn:
+    """The gradient of ``loss_sum`` with respect to ``state.params``, by ``torch.autograd.grad``.
+
+    Random draws inside the loss are seeded by ``fold_in(state.key, state.step, rank)``; the global generators are
+    left as they were found.
+
+    Args:
+        loss: ``(params, buffers, batch) -> LossOutput``.
+        rank: this process' place among the data-parallel ones, so that each draws its own dropout.
+        unused: what a parameter without gradient means: "error", or "zero" for models that use parts by turns.
+        scale: multiplies the loss before the backward pass; the gradients are divided by it afterwards.
+
+    Returns: a function ``(state, batch) -> Gradients``; pure.
+
+    Raises (when called):
+        TypeError: the loss did not return a LossOutput, or not a 0-d floating sum.
+        ValueError: a parameter got no gradient and ``unused`` is "error"; all of them are named.
+
+    Example:
+        >>> from trainkit import init_state
+        >>> from trainkit.optim import sgd
+        >>> loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), x.shape[0])
+        >>> state = init_state(nn.Linear(2, 1, bias=False), sgd(0.1))
+        >>> value_and_grad(loss)(state, torch.ones(3, 2)).grads["weight"]
+        tensor([[3., 3.]])
+
+    Source: ``jax.value_and_grad(has_aux=True)`` for the shape of the result.
+    """
+    if unused not in ("error", "zero"):
+        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+
+    def gradients(state: TrainState, batch: Batch) -> Gradients:
+        names = list(state.params.keys())
+        inputs = [t.detach().requires_grad_() for t in state.params.values()]
+        attached = tree.like(state.params, inputs)
+        with _draws_of(state, rank), torch.enable_grad():
+            out = checked(loss(attached, state.buffers, batch))
+            top = out.loss_sum if scale is None else out.loss_sum * scale(state)
+            _check_attached(top)
+            found = torch.autograd.grad(top, inputs, allow_unused=True)
+        grads = _filled(names, inputs, found, unused)
+        if scale is not None:
+            grads = list(torch._foreach_div(grads, scale(state)))
+        tree.release(grads)
+        return finished(state, out, dict(zip(names, grads, strict=True)))
+
+    return gradients
+
+
+def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unused: str = "error") -> GradientFn:
+    """The same gradient, obtained by ``backward()`` through the module's own parameters.
+
+    For modules that must be called as they are: hooks on parameters, ``.grad`` accumulation by foreign autograd
+    functions, wrappers that gather their own weights. The module's parameters are set to the state's tensors
+    (no copy) for the call, and ``loss`` is handed the module's parameters.
+
+    Args:
+        module: the live module that ``loss`` calls.
+        loss: as for :func:`value_and_grad`; it may ignore ``params`` and call ``module`` directly.
+        rank: as for :func:`value_and_grad`.
+        unused: as for :func:`value_and_grad`.
+
+    Returns: a function ``(state, batch) -> Gradients``.
+
+    Example:
+        >>> from trainkit import init_state
+        >>> from trainkit.optim import sgd
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> loss = lambda params, buffers, x: LossOutput(layer(x).sum(), x.shape[0])
+        >>> live_value_and_grad(layer, loss)(init_state(layer, sgd(0.1)), torch.ones(3, 2)).grads["weight"]
+        tensor([[3., 3.]])
+    """
+    if unused not in ("error", "zero"):
+        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def gradients(state: TrainState, batch: Batch) -> Gradients:
+        inputs = [own[name] for name in state.params.keys()]
+        before = [(p.data, p.grad) for p in inputs]
+        for p, t in zip(inputs, state.params.values(), strict=True):
+            p.data, p.grad = t, None
+        try:
+            with _draws_of(state, rank), torch.enable_grad():
+                out = checked(loss(tree.like(state.params, inputs), state.buffers, batch))
+                _check_attached(out.loss_sum)
+                out.loss_sum.backward()
+            found = [p.grad for p in inputs]
+        finally:
+            for p, (data, grad) in zip(inputs, before, strict=True):
+                p.data, p.grad = data, grad
+        names = list(state.params.keys())
+        grads = _filled(names, inputs, found, unused)
+        tree.release(grads)
+        return finished(state, out, dict(zip(names, grads, strict=True)))
+
+    return gradients
+
+
+def per_example_grads(loss: LossFn, *, rank: int = 0) -> GradientFn:
+    """The gradient of each row's ``loss_sum``, stacked: every leaf of ``grads`` gains a leading axis of rows.
+
+    g_i = d loss(params, batch[i:i+1]) / d params, by ``torch.func.vmap`` over ``torch.func.grad``.
+
+    ``loss_sum``, ``weight`` and the metrics' tensors have the leading axis as well, so one gradient is
+    ``grads[name].sum(0) / weight.sum()``.  Buffers are read, not updated: a row has no batch statistics.
+
+    Args:
+        loss: a loss over rows; each call sees one row with its batch axis (size 1). Operations without a batching
+            rule (``F.scaled_dot_product_attention`` with dropout, data-dependent shapes) are refused by torch.
+        rank: as for :func:`value_and_grad`.
+
+    Example:
+        >>> from trainkit import init_state
+        >>> from trainkit.optim import sgd
+        >>> loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), x.shape[0])
+        >>> state = init_state(nn.Linear(2, 1, bias=False), sgd(0.1))
+        >>> per_example_grads(loss)(state, torch.tensor([[1.0, 2.0], [3.0, 4.0]])).grads["weight"]
+        tensor([[[1., 2.]],
+        <BLANKLINE>
+                [[3., 4.]]])
+
+    Source: torch.func tutorial "Per-sample gradients"; used for differentially private training
+    (Abadi et al. 2016, algorithm 1).
+    """
+
+    def one(params: dict[str, Tensor], buffers: Any, row: Batch) -> tuple[Tensor, tuple[Any, ...]]:
+        batch = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), row)
+        out = checked(loss(tree.frozen(params), buffers, batch))
+        weight = torch.as_tensor(out.weight, dtype=out.loss_sum.dtype)
+        return out.loss_sum, (out.loss_sum.detach(), weight.detach(), _detached(dict(out.metrics)))
+
+    def gradients(state: TrainState, batch: Batch) -> Gradients:
+        rows = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, None, 0), randomness="different")
+        with _draws_of(state, rank):
+            grads, (loss_sum, weight, metrics) = rows(dict(state.params.items()), state.buffers, batch)
+        return Gradients(tree.frozen(grads), loss_sum, weight, metrics, state.buffers)
+
+    return gradients
+
+
+def checked(out: Any) -> LossOutput:
+    """The output of a loss, if it is one.
+
+    Raises: TypeError saying what to return instead.
+    """
+    if not isinstance(out, LossOutput):
+        raise TypeError(
+            f"loss: returned {type(out).__name__}, expected LossOutput(loss_sum, weight, metrics). "
+            "Return the sum of the loss over the rows or tokens and, as weight, how many were summed; "
+            "for a mean over n rows that is LossOutput(mean * n, n)."
+        )
+    if not isinstance(out.loss_sum, Tensor) or out.loss_sum.dim() != 0 or not out.loss_sum.is_floating_point():
+        got = f"{out.loss_sum.dtype} of shape {tuple(out.loss_sum.shape)}" if isinstance(out.loss_sum, Tensor) else type(out.loss_sum).__name__
+        raise TypeError(f"loss: loss_sum is {got}, expected a floating tensor of shape (): sum over rows and tokens")
+    if isinstance(out.weight, Tensor) and out.weight.dim() != 0:
+        raise TypeError(f"loss: weight has shape {tuple(out.weight.shape)}, expected (): the sum of the weights")
+    return out
+
+
+def finished(state: TrainState, out: LossOutput, grads: dict[str, Tensor]) -> Gradients:
+    """Put a loss output and its gradients together, detached."""
+    weight = torch.as_tensor(out.weight, dtype=torch.float32, device=out.loss_sum.device).detach()
+    buffers = state.buffers if out.buffers is None else out.buffers
+    return Gradients(tree.like(state.params, list(grads.values())), out.loss_sum.detach(), weight, _detached(dict(out.metrics)), buffers)
+
+
+def _draws_of(state: TrainState, rank: int) -> Any:
+    # A graph cannot set a generator; whoever calls the compiled step seeds it with the same fold.
+    if torch.compiler.is_compiling():
+        return torch.enable_grad()
+    return rng.seeded(seed_of(state, rank), state.step.device)
+
+
+def seed_of(state: TrainState, rank: int = 0) -> int:
+    """The seed of the random draws of one gradient: ``fold_in(key, step, rank)``, as a Python integer."""
+    return rng.fold_in_host(int(state.key), host_step(state), rank)
+
+
+def _detached(metrics: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, metrics)
+
+
+def _check_attached(loss_sum: Tensor) -> None:
+    if not loss_sum.requires_grad:
+        raise ValueError(
+            "loss: loss_sum does not depend on the parameters. Use the params that the loss is given "
+            "(functional(module)(params, buffers, ...)), and no .detach(), .item() or no_grad on the way"
+        )
+
+
+def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> list[Tensor]:
+    missing = [name for name, g in zip(names, found, strict=True) if g is None]
+    if missing and unused == "error":
+        raise ValueError(
+            f"params: no gradient reached {', '.join(missing)}. Freeze them (requires_grad=False before init_state), "
+            "use them in the loss, or pass unused='zero'"
+        )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True)]

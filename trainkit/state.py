@@ -1,0 +1,174 @@
+"""``TrainState``: everything that determines a run, beside the data, in one immutable record."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from trainkit import rng, tree
+from trainkit.types import Buffers, OptState, Params
+
+if TYPE_CHECKING:
+    from trainkit.optim.transform import Transform
+
+
+class SpentStateError(RuntimeError):
+    """A state was used after a compiled step took its memory."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """The state of a run between two updates. A pytree whose leaves are tensors.
+
+    Args:
+        step: int64 scalar, completed optimizer updates.
+        params: trainable tensors by name; what the optimizer updates.
+        buffers: the module's buffers and frozen parameters by name; no gradient reaches them.
+        opt_state: the optimizer's memory.
+        key: int64 scalar from which every random draw of the run derives.
+        extra: what step transforms keep for themselves (averaged weights, loss scale), under the transform's name.
+
+    Example:
+        >>> from trainkit.optim import sgd
+        >>> state = init_state(nn.Linear(2, 1), sgd(0.1))
+        >>> sorted(state.params.keys()), int(state.step)
+        (['bias', 'weight'], 0)
+    """
+
+    step: Tensor
+    params: Params
+    buffers: Buffers
+    opt_state: OptState
+    key: Tensor
+    extra: TensorDict
+
+    def replace(self, **changes: Any) -> TrainState:
+        """A new state with some fields exchanged; the rest is shared."""
+        return dataclasses.replace(self, **changes)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for attributes that are missing, which for a field means that `spend` removed it.
+        if name in TrainState.__dataclass_fields__:
+            raise SpentStateError(
+                f"state.{name}: this TrainState was given to a compiled step, which reused its memory. "
+                "Use the state that the step returned, or compile with donate=False to keep both."
+            )
+        raise AttributeError(f"TrainState has no attribute {name!r}")
+
+
+torch.export.register_dataclass(TrainState, serialized_type_name="trainkit.TrainState")
+
+
+def spend(state: TrainState) -> None:
+    """Mark a state as spent: every later access to a field raises :class:`SpentStateError`."""
+    state.__dict__.clear()
+
+
+def host_step(state: TrainState) -> int:
+    """``state.step`` as a Python integer.
+
+    Waits for the device the first time; states made by :func:`advance` remember the number, so that a loop
+    on an accelerator never waits.
+    """
+    cached = state.__dict__.get("_host_step")
+    if cached is None:
+        cached = int(state.step)
+        state.__dict__["_host_step"] = cached
+    return int(cached)
+
+
+def advance(state: TrainState, **changes: Any) -> TrainState:
+    """The state after one more update: ``step + 1`` and the changed fields."""
+    if torch.compiler.is_compiling():
+        return state.replace(step=state.step + 1, **changes)
+    (step,) = tree.writable([state.step])
+    new = state.replace(step=step.add_(1), **changes)
+    remember_step(state, new)
+    return new
+
+
+def remember_step(before: TrainState, after: TrainState, updates: int = 1) -> None:
+    """Tell ``after`` its step on the host, if ``before`` knew its own, so that nobody needs to ask the device."""
+    cached = before.__dict__.get("_host_step")
+    if cached is not None:
+        after.__dict__["_host_step"] = cached + updates
+
+
+def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: bool = True) -> TrainState:
+    """The first state of a run.
+
+    Parameters with ``requires_grad=False`` are frozen: they go beside the buffers and no optimizer sees them.
+    Weights that are tied in the module appear once, under their first name.
+
+    Args:
+        module: the model, on the device and in the dtype it is to be trained in.
+        optimizer: gives the first optimizer state.
+        seed: from which dropout and all other randomness of the run derive.
+        copy: False lets the state's tensors *be* the module's, which saves their memory; a compiled step that
+            donates then trains the module itself in place.
+
+    Returns: a state at step 0.
+
+    Raises: ValueError if the module has no trainable parameter, or one on the meta device.
+
+    Example:
+        >>> from trainkit.optim import adamw
+        >>> int(init_state(nn.Linear(2, 1), adamw(1e-3), seed=7).key)
+        7
+
+    Source: the state record of flax.training.train_state.
+    """
+    named = dict(module.named_parameters())
+    meta = [name for name, p in named.items() if p.is_meta]
+    if meta:
+        raise ValueError(f"module: parameter {meta[0]!r} is on the meta device; materialise it first (to_empty, load)")
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"module: {type(module).__name__} has {len(named)} parameters and none of them is trainable; "
+            "expected at least one with requires_grad=True"
+        )
+    rest = {name: p for name, p in named.items() if not p.requires_grad} | dict(module.named_buffers())
+    take = _copied if copy else _shared
+    params = tree.frozen({name: take(p) for name, p in trainable.items()})
+    device = next(iter(trainable.values())).device
+    return TrainState(
+        step=torch.zeros((), dtype=torch.int64, device=device),
+        params=params,
+        buffers=tree.frozen({name: take(b) for name, b in rest.items()}),
+        opt_state=optimizer.init(params),
+        key=rng.make_key(seed),
+        extra=tree.frozen(),
+    )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def write_to(module: nn.Module, state: TrainState) -> None:
+    """Copy the state's parameters and buffers into the module, in place.
+
+    Raises: KeyError naming the first tensor that the module does not have.
+    """
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    with torch.no_grad():
+        for name, tensor in (*state.params.items(), *state.buffers.items()):
+            if name not in own:
+                raise KeyError(f"module has no parameter or buffer {name!r}; is the state another model's?")
+            own[name].copy_(tensor)
+
+
+def num_parameters(params: Params) -> int:
+    """The number of elements over all parameters."""
+    return sum(t.numel() for t in pytree.tree_leaves(params))

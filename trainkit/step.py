@@ -1,0 +1,121 @@
+"""One optimizer update as a pure function of the state and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from trainkit import tree
+from trainkit.accumulate import accumulate as accumulated
+from trainkit.accumulate import num_rows
+from trainkit.gradients import LossScale, value_and_grad
+from trainkit.metrics import Latest, Mean
+from trainkit.optim.transform import Transform, reports
+from trainkit.state import TrainState, advance
+from trainkit.types import Batch, GradientFn, Gradients, LossFn, Metrics, StepFn
+
+Reduce = Callable[[Gradients], Gradients]
+"""Adds gradients, weights and metrics over ranks; the identity on one process."""
+
+
+class PrecisionPolicy(Protocol):
+    """What a precision policy changes about a step: the loss, the optimizer, the scale of the loss."""
+
+    def loss(self, loss: LossFn, /) -> LossFn: ...
+
+    def optimizer(self, optimizer: Transform, /) -> Transform: ...
+
+    @property
+    def scale(self) -> LossScale | None: ...
+
+
+def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce | None = None) -> StepFn:
+    """Divide the gradient once by the total weight and update the parameters.
+
+    g = sum of gradients / sum of weights;  params, opt_state <- optimizer(g);  step <- step + 1.
+
+    A total weight of zero (every label ignored) gives a zero gradient, not NaN.
+
+    Args:
+        gradient: gives sums and weights.
+        optimizer: gets the gradient of the mean loss, and the mean loss as ``loss``.
+        reduce: adds the gradients of all ranks; called once, before the division.
+
+    Returns: a StepFn whose metrics are ``loss`` (mean), those of the loss, and what the optimizer reports.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with tree.temporaries():
+            found = gradient(state, batch)
+            if reduce is not None:
+                found = reduce(found)
+            with torch.no_grad():
+                factor = torch.where(found.weight > 0, 1 / found.weight, 0.0)
+                grads = tree.scaled(found.grads, factor)
+                params, opt_state = optimizer.apply(grads, state.opt_state, state.params, loss=found.loss_sum * factor)
+                after = advance(state, params=params, buffers=found.buffers, opt_state=opt_state)
+        metrics: Metrics = {"loss": Mean(found.loss_sum, found.weight), **found.metrics}
+        metrics.update((name, Latest(value.clone())) for name, value in reports(opt_state).items())
+        return after, metrics
+
+    return step
+
+
+def make_train_step(
+    loss: LossFn,
+    optimizer: Transform,
+    *,
+    accumulate: int | None = 1,
+    precision: PrecisionPolicy | None = None,
+    gradients: Callable[..., GradientFn] = value_and_grad,
+    reduce: Reduce | None = None,
+    rank: int = 0,
+    unused: str = "error",
+) -> StepFn:
+    """The common training step: gradient, accumulation, optimizer.
+
+    ``apply_updates(accumulate(value_and_grad(loss), n), optimizer)`` and nothing more; write that line yourself for
+    anything else.
+
+    Args:
+        loss: ``(params, buffers, batch) -> LossOutput``.
+        optimizer: a transformation; join several with ``chain``.
+        accumulate: microbatches that each batch is split into; None if batches are lists of microbatches.
+        precision: a policy of ``trainkit.execution.precision``; None computes in the parameters' dtype. Use
+            ``policy.init_state`` or the policy's optimizer for the first state.
+        gradients: how gradients are obtained, called as ``gradients(loss, rank=..., unused=..., scale=...)``.
+        reduce: adds gradients over ranks.
+        rank: this process' place among the data-parallel ones.
+        unused: "error" or "zero": what a parameter without gradient means.
+
+    Returns: a pure StepFn.
+
+    Raises: ValueError for a batch without rows or with fewer rows than microbatches, before anything changes.
+
+    Example:
+        >>> from trainkit import LossOutput, init_state
+        >>> from trainkit.optim import sgd
+        >>> loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), x.shape[0])
+        >>> tx = sgd(0.5)
+        >>> state = init_state(torch.nn.Linear(2, 1, bias=False), tx)
+        >>> after, metrics = make_train_step(loss, tx)(state, torch.ones(4, 2))
+        >>> after.params["weight"] - state.params["weight"]
+        tensor([[-0.5000, -0.5000]])
+    """
+    scale = None
+    if precision is not None:
+        loss, optimizer, scale = precision.loss(loss), precision.optimizer(optimizer), precision.scale
+    gradient = gradients(loss, rank=rank, unused=unused, scale=scale)
+    if accumulate != 1:
+        gradient = accumulated(gradient, accumulate)
+    step = apply_updates(gradient, optimizer, reduce=reduce)
+    if accumulate is None:
+        return step
+
+    def checked_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        num_rows(batch)
+        return step(state, batch)
+
+    return checked_step

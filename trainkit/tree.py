@@ -1,0 +1,174 @@
+"""Trees of tensors: flat, locked TensorDicts keyed by name, and who may overwrite them.
+
+The core is written without in-place arithmetic on what it was given. Whoever owns a tree and will not look at it
+again can say so with :func:`donate`; :func:`writable` then hands out the tensors themselves instead of copies. So
+one text serves the pure call and the call that needs no second set of buffers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_donated: ContextVar[dict[int, weakref.ref[Tensor]] | None] = ContextVar("donated", default=None)
+
+
+def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
+    """A locked TensorDict without batch size from (nested) mappings of tensors; it refuses writes.
+
+    Example:
+        >>> frozen({"a.weight": torch.zeros(2)})["a.weight"]
+        tensor([0., 0.])
+    """
+    tree = TensorDict(mapping or {}, batch_size=[])
+    # Inside a graph nobody can hold on to the tree, and locking there only warns.
+    return tree if torch.compiler.is_compiling() else tree.lock_()
+
+
+def leaves(tree: TensorDict) -> list[Tensor]:
+    """The tensors of a flat tree, in the order of its names."""
+    return list(tree.values())
+
+
+def like(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
+    """A tree with the names of ``tree`` and the given tensors; ``tree`` itself if they are its own."""
+    if all(new is old for new, old in zip(tensors, tree.values(), strict=True)):
+        return tree
+    return frozen(dict(zip(tree.keys(), tensors, strict=True)))
+
+
+def map_tensors(fn: Callable[..., Tensor], tree: TensorDict, *others: TensorDict) -> TensorDict:
+    """Apply ``fn`` to the tensors of flat trees with the same names, name by name.
+
+    Example:
+        >>> map_tensors(torch.add, frozen({"w": torch.ones(2)}), frozen({"w": torch.ones(2)}))["w"]
+        tensor([2., 2.])
+    """
+    columns = [[other[name] for name in tree.keys()] for other in others]
+    return like(tree, [fn(*row) for row in zip(tree.values(), *columns, strict=True)])
+
+
+def zeros_like(tree: TensorDict, dtype: torch.dtype | None = None) -> TensorDict:
+    """Zeros in the shapes of a flat tree, in ``dtype`` where it is given."""
+    return like(tree, [torch.zeros_like(t, dtype=dtype) for t in tree.values()])
+
+
+def clone(tree: Any) -> Any:
+    """A copy of a tree (any pytree) that shares no memory with it."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The joint L2 norm of tensors, accumulated in at least float32.
+
+    sqrt(sum_i ||t_i||^2); zero for no tensors.
+
+    Example:
+        >>> global_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """A 0-d bool tensor: no tensor holds an infinity or a NaN.
+
+    One reduction per tensor (a sum is finite only if its terms are, but a sum of finite terms may overflow, so
+    the extremes are looked at instead).
+    """
+    checks = [torch.isfinite(torch.stack(torch.aminmax(t))).all() for t in tensors if t.numel() and t.is_floating_point()]
+    return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool)
+
+
+@contextmanager
+def donate(*trees: Any) -> Iterator[None]:
+    """Within the scope, :func:`writable` returns the tensors of ``trees`` themselves.
+
+    The caller promises not to read them afterwards. Scopes nest; the inner adds to the outer. Inside
+    ``torch.compile`` it does nothing: there the compiler decides what can be reused.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    owned = dict(_donated.get() or {})
+    owned.update(_references(t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)))
+    token = _donated.set(owned)
+    try:
+        yield
+    finally:
+        _donated.reset(token)
+
+
+@contextmanager
+def temporaries() -> Iterator[None]:
+    """A scope in which :func:`release` has an effect: the open donation scope, or a new one that owns nothing yet."""
+    if torch.compiler.is_compiling() or _donated.get() is not None:
+        yield
+        return
+    with donate():
+        yield
+
+
+@contextmanager
+def keep() -> Iterator[None]:
+    """Within the scope nothing is donated: for code that needs the old values after the new ones exist."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _donated.set(None)
+    try:
+        yield
+    finally:
+        _donated.reset(token)
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Add temporaries, whose maker has no more use for them, to the donation scope if one is open."""
+    owned = None if torch.compiler.is_compiling() else _donated.get()
+    if owned is not None:
+        owned.update(_references(tensors))
+
+
+def writable(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors that may be overwritten: the given ones where they are donated, else copies.
+
+    Inside ``torch.compile`` always copies, which the compiler removes.
+    """
+    owned = None if torch.compiler.is_compiling() else _donated.get()
+    if owned is None:
+        return [t.clone() for t in tensors]
+    return [t if _is_owned(owned, t) else _own_copy(owned, t) for t in tensors]
+
+
+def _references(tensors: Iterable[Tensor]) -> list[tuple[int, weakref.ref[Tensor]]]:
+    # Weak, so that a scope does not keep temporaries alive; compared on use, since ids are given again.
+    return [(id(t), weakref.ref(t)) for t in tensors]
+
+
+def _is_owned(owned: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:
+    reference = owned.get(id(tensor))
+    return reference is not None and reference() is tensor
+
+
+def _own_copy(owned: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    owned[id(copy)] = weakref.ref(copy)
+    return copy
+
+
+def scaled(tree: TensorDict, factor: Tensor) -> TensorDict:
+    """Every tensor times a 0-d factor, in its own dtype."""
+    out = writable(tree.values())
+    if torch.compiler.is_compiling():
+        return like(tree, [(t * factor).to(t.dtype) for t in out])
+    torch._foreach_mul_(out, factor)
+    return like(tree, out)
