@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainkit.accumulate import merge_metrics, num_rows
-from trainkit.gradients import checked
+from trainkit.gradients import checked, weight_of
 from trainkit.metrics import Mean
 from trainkit.state import TrainState
 from trainkit.types import Batch, Buffers, EvalFn, LossFn, Metrics, Params
@@ -32,8 +32,7 @@ def make_eval_step(loss: LossFn) -> EvalFn:
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
         num_rows(batch)
         out = checked(loss(state.params, state.buffers, batch))
-        weight = torch.as_tensor(out.weight, dtype=torch.float32, device=out.loss_sum.device)
-        return {"loss": Mean(out.loss_sum, weight), **out.metrics}
+        return {"loss": Mean(out.loss_sum, weight_of(out)), **out.metrics}
 
     return evaluate
 

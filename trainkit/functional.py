@@ -39,15 +39,15 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
     Source: ``torch.func.functional_call``, whose meaning it has; it swaps at a third of the cost per call, and
     returns the buffers.
     """
-    parameters = _slots(module, module.named_parameters(remove_duplicate=False), "_parameters")
     buffer_slots = _slots(module, module.named_buffers(remove_duplicate=False), "_buffers")
-    slots = parameters | buffer_slots
+    slots = slots_of(module)
 
     def call(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         # Frozen parameters travel with the buffers; nothing writes into them, so they need no copy.
-        mutable = [name for name in buffers.keys() if name in buffer_slots]
-        fresh = dict(zip(mutable, tree.writable([buffers[name] for name in mutable]), strict=True))
-        given = {**params, **buffers, **fresh}
+        rest = dict(buffers.items())
+        mutable = [name for name in rest if name in buffer_slots]
+        fresh = zip(mutable, tree.writable([rest[name] for name in mutable]), strict=True)
+        given = dict(params.items()) | rest | dict(fresh)
         _check_names(slots, given)
         before = _fill(slots, given)
         modes = _set_modes(module, training)
@@ -58,9 +58,15 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
             _restore(before)
             for submodule, mode in modes:
                 submodule.training = mode
-        return outputs, tree.like(buffers, [after.get(name, old) for name, old in buffers.items()])
+        return outputs, tree.like(buffers, [after.get(name, old) for name, old in rest.items()])
 
     return call
+
+
+def slots_of(module: nn.Module) -> dict[str, list[_Slot]]:
+    """Where a module keeps its parameters and buffers: by first name, every dictionary entry that holds the tensor."""
+    parameters = _slots(module, module.named_parameters(remove_duplicate=False), "_parameters")
+    return parameters | _slots(module, module.named_buffers(remove_duplicate=False), "_buffers")
 
 
 def _slots(module: nn.Module, named: Any, attribute: str) -> dict[str, list[_Slot]]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
-from trainkit.state import TrainState, host_step
+from trainkit.parts import part
+from trainkit.state import TrainState, seed_of
 from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput
 
 LossScale = Callable[[TrainState], Tensor]
@@ -53,7 +54,7 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         inputs = [t.detach().requires_grad_() for t in state.params.values()]
         attached = tree.like(state.params, inputs)
         with _draws_of(state, rank), torch.enable_grad():
-            out = checked(loss(attached, state.buffers, batch))
+            out = checked(part("loss", loss)(attached, state.buffers, batch))
             top = out.loss_sum if scale is None else out.loss_sum * scale(state)
             _check_attached(top)
             found = torch.autograd.grad(top, inputs, allow_unused=True)
@@ -178,9 +179,15 @@ def checked(out: Any) -> LossOutput:
 
 def finished(state: TrainState, out: LossOutput, grads: dict[str, Tensor]) -> Gradients:
     """Put a loss output and its gradients together, detached."""
-    weight = torch.as_tensor(out.weight, dtype=torch.float32, device=out.loss_sum.device).detach()
     buffers = state.buffers if out.buffers is None else out.buffers
-    return Gradients(tree.like(state.params, list(grads.values())), out.loss_sum.detach(), weight, _detached(dict(out.metrics)), buffers)
+    return Gradients(tree.like(state.params, list(grads.values())), out.loss_sum.detach(), weight_of(out), _detached(dict(out.metrics)), buffers)
+
+
+def weight_of(out: LossOutput) -> Tensor:
+    """The weight of a loss output as a detached 0-d float32 tensor beside the loss."""
+    if isinstance(out.weight, Tensor):
+        return out.weight.detach().to(out.loss_sum.device, torch.float32)
+    return torch.full((), float(out.weight), device=out.loss_sum.device)
 
 
 def _draws_of(state: TrainState, rank: int) -> Any:
@@ -190,13 +197,8 @@ def _draws_of(state: TrainState, rank: int) -> Any:
     return rng.seeded(seed_of(state, rank), state.step.device)
 
 
-def seed_of(state: TrainState, rank: int = 0) -> int:
-    """The seed of the random draws of one gradient: ``fold_in(key, step, rank)``, as a Python integer."""
-    return rng.fold_in_host(int(state.key), host_step(state), rank)
-
-
 def _detached(metrics: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.detach, metrics)
+    return pytree.tree_map_only(Tensor, Tensor.detach, metrics) if metrics else metrics
 
 
 def _check_attached(loss_sum: Tensor) -> None:

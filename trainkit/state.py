@@ -100,6 +100,18 @@ def remember_step(before: TrainState, after: TrainState, updates: int = 1) -> No
         after.__dict__["_host_step"] = cached + updates
 
 
+def seed_of(state: TrainState, rank: int = 0) -> int:
+    """The seed of the random draws of one gradient: ``fold_in(key, step, rank)``, as a Python integer.
+
+    Example:
+        >>> from trainkit.optim import sgd
+        >>> state = init_state(nn.Linear(2, 1), sgd(0.1), seed=3)
+        >>> seed_of(state) == int(rng.fold_in(state.key, state.step, 0))
+        True
+    """
+    return rng.fold_in_host(int(state.key), host_step(state), rank)
+
+
 def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: bool = True) -> TrainState:
     """The first state of a run.
 

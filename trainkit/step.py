@@ -13,6 +13,7 @@ from trainkit.accumulate import num_rows
 from trainkit.gradients import LossScale, value_and_grad
 from trainkit.metrics import Latest, Mean
 from trainkit.optim.transform import Transform, reports
+from trainkit.parts import part
 from trainkit.state import TrainState, advance
 from trainkit.types import Batch, GradientFn, Gradients, LossFn, Metrics, StepFn
 
@@ -52,9 +53,10 @@ def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce 
             if reduce is not None:
                 found = reduce(found)
             with torch.no_grad():
-                factor = torch.where(found.weight > 0, 1 / found.weight, 0.0)
+                factor = found.weight.reciprocal().nan_to_num(posinf=0.0)
                 grads = tree.scaled(found.grads, factor)
-                params, opt_state = optimizer.apply(grads, state.opt_state, state.params, loss=found.loss_sum * factor)
+                mean = found.loss_sum * factor
+                params, opt_state = part("update", optimizer.apply)(grads, state.opt_state, state.params, loss=mean)
                 after = advance(state, params=params, buffers=found.buffers, opt_state=opt_state)
         metrics: Metrics = {"loss": Mean(found.loss_sum, found.weight), **found.metrics}
         metrics.update((name, Latest(value.clone())) for name, value in reports(opt_state).items())

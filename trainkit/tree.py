@@ -7,6 +7,7 @@ one text serves the pure call and the call that needs no second set of buffers.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_donated: ContextVar[dict[int, weakref.ref[Tensor]] | None] = ContextVar("donated", default=None)
+Ownership = dict[int, "weakref.ref[Tensor]"]
+"""The tensors that may be overwritten, by ``id``. Weak, so that a scope keeps no temporaries alive; and compared on use,
+since ids are given again."""
+
+_donated: ContextVar[Ownership | None] = ContextVar("donated", default=None)
 
 
 def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
@@ -28,9 +33,12 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
         >>> frozen({"a.weight": torch.zeros(2)})["a.weight"]
         tensor([0., 0.])
     """
-    tree = TensorDict(mapping or {}, batch_size=[])
-    # Inside a graph nobody can hold on to the tree, and locking there only warns.
-    return tree if torch.compiler.is_compiling() else tree.lock_()
+    if torch.compiler.is_compiling():
+        # Inside a graph nobody can hold on to the tree, and locking there only warns.
+        return TensorDict(mapping or {}, batch_size=[])
+    # A locked tree remembers every tree that it is put into, for ever; a shallow copy starts without memories.
+    entries = {k: v.copy() if isinstance(v, TensorDict) else v for k, v in (mapping or {}).items()}
+    return TensorDict(entries, batch_size=[]).lock_()
 
 
 def leaves(tree: TensorDict) -> list[Tensor]:
@@ -38,9 +46,21 @@ def leaves(tree: TensorDict) -> list[Tensor]:
     return list(tree.values())
 
 
+def named(tree: TensorDict) -> dict[str, Tensor]:
+    """The tensors of a flat tree by name.
+
+    Example:
+        >>> named(frozen({"w": torch.ones(1)}))
+        {'w': tensor([1.])}
+    """
+    entries: Any = tree
+    return dict(entries.items())
+
+
 def like(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
     """A tree with the names of ``tree`` and the given tensors; ``tree`` itself if they are its own."""
-    if all(new is old for new, old in zip(tensors, tree.values(), strict=True)):
+    own = list(tree.values())
+    if len(own) == len(tensors) and all(map(operator.is_, own, tensors)):
         return tree
     return frozen(dict(zip(tree.keys(), tensors, strict=True)))
 
@@ -75,8 +95,36 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    tensors = list(tensors)
+    if not tensors:
+        return torch.zeros(())
+    norms = _norms(tensors) if has_foreach() else [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        groups.setdefault((t.device, t.dtype), []).append(t)
+    found = [norm for (_, dtype), group in groups.items() for norm in torch._foreach_norm(group, 2.0, dtype=_wide(dtype))]
+    return found if len(groups) == 1 else [norm.to(tensors[0].device) for norm in found]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype | None:
+    """What to add up in, where it is not ``dtype``; saying it always is slower."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return None if wide == dtype else wide
+
+
+def has_foreach() -> bool:
+    """Whether torch's kernels on lists of tensors may be called: not inside a graph, which fuses the plain operations
+    itself, and not under ``torch.vmap``, for which they have no rule.
+
+    Example:
+        >>> has_foreach(), torch.vmap(lambda row: row + has_foreach())(torch.zeros(1))
+        (True, tensor([0.]))
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -89,9 +137,14 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool)
 
 
+def ownership(*trees: Any) -> Ownership:
+    """The tensors of trees (any pytrees) as something :func:`donate` takes, for scopes that are opened often."""
+    return dict(_references(t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)))
+
+
 @contextmanager
-def donate(*trees: Any) -> Iterator[None]:
-    """Within the scope, :func:`writable` returns the tensors of ``trees`` themselves.
+def donate(*trees: Any, owned: Ownership | None = None) -> Iterator[None]:
+    """Within the scope, :func:`writable` returns the tensors of ``trees`` (or of ``owned``) themselves.
 
     The caller promises not to read them afterwards. Scopes nest; the inner adds to the outer. Inside
     ``torch.compile`` it does nothing: there the compiler decides what can be reused.
@@ -99,9 +152,7 @@ def donate(*trees: Any) -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    owned = dict(_donated.get() or {})
-    owned.update(_references(t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)))
-    token = _donated.set(owned)
+    token = _donated.set({**(_donated.get() or {}), **(owned or {}), **ownership(*trees)})
     try:
         yield
     finally:
@@ -146,20 +197,33 @@ def writable(tensors: Iterable[Tensor]) -> list[Tensor]:
     owned = None if torch.compiler.is_compiling() else _donated.get()
     if owned is None:
         return [t.clone() for t in tensors]
-    return [t if _is_owned(owned, t) else _own_copy(owned, t) for t in tensors]
+    # Spelled out, since a step asks this for every tensor that it has.
+    return [t if (ref := owned.get(id(t))) is not None and ref() is t else _own_copy(owned, t) for t in tensors]
+
+
+def assign(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
+    """A flat tree with new values: written over the old ones where those are donated, else a new tree.
+
+    For small values (counters, reports): where the values are large, compute in :func:`writable` tensors instead.
+    """
+    owned = None if torch.compiler.is_compiling() else _donated.get()
+    if owned is None or not all(_is_owned(owned, old) for old in tree.values()):
+        return like(tree, tensors)
+    for old, new in zip(tree.values(), tensors, strict=True):
+        old.copy_(new)
+    return tree
 
 
 def _references(tensors: Iterable[Tensor]) -> list[tuple[int, weakref.ref[Tensor]]]:
-    # Weak, so that a scope does not keep temporaries alive; compared on use, since ids are given again.
     return [(id(t), weakref.ref(t)) for t in tensors]
 
 
-def _is_owned(owned: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:
+def _is_owned(owned: Ownership, tensor: Tensor) -> bool:
     reference = owned.get(id(tensor))
     return reference is not None and reference() is tensor
 
 
-def _own_copy(owned: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> Tensor:
+def _own_copy(owned: Ownership, tensor: Tensor) -> Tensor:
     copy = tensor.clone()
     owned[id(copy)] = weakref.ref(copy)
     return copy

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
-from trainkit import tree
-from trainkit.optim.torch_kernels import Slots, implementation, kernel_optimizer, step_tensors
+from trainkit.optim.adam import adam
 from trainkit.optim.transform import Transform
 from trainkit.types import Schedule
 
@@ -37,6 +35,7 @@ def adamw(
 
     Example:
         >>> import torch
+        >>> from trainkit import tree
         >>> w = tree.frozen({"w": torch.tensor([1.0])})
         >>> tx = adamw(0.1, weight_decay=0.0)
         >>> tx.apply(w, tx.init(w), w)[0]["w"]
@@ -44,31 +43,12 @@ def adamw(
 
     Source: Loshchilov and Hutter 2019, algorithm 2; matches torch.optim.AdamW (torch 2.13), whose kernels do the work.
     """
-    beta1, beta2 = betas
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas: got {betas}, expected two numbers in [0, 1)")
-    if eps < 0 or weight_decay < 0:
-        raise ValueError(f"eps and weight_decay: got {eps} and {weight_decay}, expected numbers >= 0")
-    slots: Slots = {"exp_avg": tree.zeros_like, "exp_avg_sq": tree.zeros_like}
-    if amsgrad:
-        slots["max_exp_avg_sq"] = tree.zeros_like
-
-    def kernel(params: list[Tensor], grads: list[Tensor], memory: dict[str, list[Tensor]], count: Tensor, lr: Tensor) -> None:
-        torch_adamw(
-            params,
-            grads,
-            memory["exp_avg"],
-            memory["exp_avg_sq"],
-            memory.get("max_exp_avg_sq", []),
-            step_tensors(count, params),
-            amsgrad=amsgrad,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=eps,
-            maximize=maximize,
-            **implementation(params, fused=True),
-        )
-
-    return kernel_optimizer(kernel, slots, learning_rate)
+    return adam(
+        learning_rate,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        decoupled_weight_decay=True,
+    )

@@ -33,7 +33,9 @@ class UpdateFn(Protocol):
     what it does not know.
     """
 
-    def __call__(self, grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]: ...
+    def __call__(
+        self, grads: Params, opt_state: OptState, params: Params, /, **extra: Any
+    ) -> tuple[Params, OptState]: ...
 
 
 @dataclass(frozen=True)
@@ -122,29 +124,31 @@ def chain(*transforms: Transform) -> Transform:
         return tree.frozen({str(i): t.init(params) for i, t in enumerate(transforms)})
 
     def update(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
-        return _through(transforms, grads, opt_state, params, extra)
+        updates, states = _through(transforms, grads, opt_state, params, extra)
+        return updates, with_entries(opt_state, states)
 
     def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
         updates, states = _through(transforms[:-1], grads, opt_state, params, extra)
         last = str(len(transforms) - 1)
-        new, new_state = transforms[-1].apply(updates, opt_state[last], params, **extra)
-        return new, with_entries(opt_state, {**dict(states.items()), last: new_state})
+        new, states[last] = transforms[-1].apply(updates, states[last], params, **extra)
+        return new, with_entries(opt_state, states)
 
     return Transform(init, update, apply)
 
 
 def _through(
     transforms: tuple[Transform, ...], updates: Params, opt_state: OptState, params: Params, extra: dict[str, Any]
-) -> tuple[Params, OptState]:
+) -> tuple[Params, dict[str, OptState]]:
     states = dict(opt_state.items())
     for i, t in enumerate(transforms):
-        updates, states[str(i)] = t.update(updates, opt_state[str(i)], params, **extra)
-    return updates, with_entries(opt_state, states)
+        updates, states[str(i)] = t.update(updates, states[str(i)], params, **extra)
+    return updates, states
 
 
 def with_entries(opt_state: OptState, entries: dict[str, Any]) -> OptState:
     """``opt_state`` with these entries; itself where nothing changed."""
-    if opt_state.keys() == entries.keys() and all(opt_state[name] is entry for name, entry in entries.items()):
+    own = dict(opt_state.items())
+    if own.keys() == entries.keys() and all(entries[name] is old for name, old in own.items()):
         return opt_state
     return tree.frozen(entries)
 

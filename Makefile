@@ -1,0 +1,53 @@
+# Everything runs in .venv, which is made on first use from pyproject.toml and constraints.txt.
+# Needed on the machine: make, bash, Python >= 3.10 with venv (PYTHON=python3.12 picks another), and for compiled steps
+# on a CPU a C++ compiler.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+READY := $(VENV)/.ready
+# More options for a target's program: make train ARGS="--steps 200 --data my_texts"
+ARGS ?=
+BENCHMARKS ?= $(filter-out benchmarks.__init__,$(subst /,.,$(basename $(shell grep -l '^if __name__ ==' benchmarks/*.py))))
+
+.PHONY: help train test test-all bench lint types docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+train: $(READY) ## train the first recipe; the run folder is runs/pretrain_lm
+	$(RUN) recipes.pretrain_lm $(ARGS)
+
+test: $(READY) ## the test suite, doctests included: minutes
+	$(RUN) pytest -q $(ARGS)
+
+test-all: $(READY) ## the slow tests as well
+	$(RUN) pytest -q -m 'not gpu' $(ARGS)
+
+bench: $(READY) ## all measurements in benchmarks/; BENCHMARKS=benchmarks.import_time picks one
+	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(RUN) $$benchmark $(ARGS); done
+
+lint: $(READY) ## style
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(READY) ## static types
+	$(RUN) mypy
+
+docs: $(READY) ## examples in docstrings, Python blocks and links in Markdown
+	$(RUN) pytest -q tests/docs trainkit recipes
+
+clean: ## remove what was installed and cached; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); the first time this downloads torch and takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[test]' \
+		| grep --line-buffered -E '^ *(Downloading|Installing|Building|Successfully)'
+	@touch $@

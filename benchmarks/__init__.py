@@ -1,0 +1,1 @@
+"""Measurements against peers; every timing is a ratio, interleaved in one run."""

@@ -1,0 +1,189 @@
+"""Train a GPT on bytes, from scratch.
+
+    python -m recipes.pretrain_lm                      # the source files of this Python's standard library
+    python -m recipes.pretrain_lm --data my_texts/     # a text file, or a folder of them
+    python -m recipes.pretrain_lm --help               # every option, with its unit
+
+On 2 CPU cores (AMD EPYC, torch 2.13) the defaults train 0.85 million parameters in about 4 minutes, to about 2.0 bits
+per byte of validation text; a model that knows nothing needs 8. The run folder then holds the weights, the metrics and
+a picture of the loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_model
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.gpt import GPT, sample
+from trainkit import LossOutput, TrainState, evaluate, init_state, make_eval_step, make_train_step, run
+from trainkit.accumulate import merge_metrics
+from trainkit.execution import compile_step
+from trainkit.io.cli import parse
+from trainkit.io.data.sampler import shuffled_batches
+from trainkit.io.data.text import SEPARATOR, dataset_documents, pack, path_documents, split_by_name, stdlib_documents
+from trainkit.io.runlog import JsonLines, describe_folder, plot_curves, read_jsonl
+from trainkit.losses import causal_lm, module_loss
+from trainkit.metrics import BitsPerByte
+from trainkit.optim import adamw, chain, clip_by_global_norm
+from trainkit.schedules import cosine, warmup
+from trainkit.state import num_parameters, write_to
+from trainkit.types import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on what, how, and where the results go."""
+
+    data: Path | None = None
+    """Text to train on: a file, or a folder whose files are read. Default: the standard library's sources."""
+    dataset: str | None = None
+    """Instead of data: a dataset with a text column, by its hub name (name:config) or as a local folder."""
+    validation_share: float = 0.1
+    """Share of the documents held out for validation, between 0 and 1; documents are not split."""
+    seq_len: int = 256
+    """Context, in bytes."""
+    batch_size: int = 8
+    """Rows of seq_len bytes per update."""
+    accumulate: int = 1
+    """Microbatches that a batch is cut into, to save memory; the result is the same."""
+    steps: int = 1600
+    """Number of updates."""
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    width: int = 128
+    """Width of the model, in features; a multiple of twice the number of heads."""
+    tie_weights: bool = False
+    """Use the byte embedding as the output layer as well."""
+    learning_rate: float = 4e-3
+    """Highest learning rate of AdamW, in parameter units per update."""
+    warmup_steps: int = 100
+    """Updates in which the rate rises from 0; it then falls along a cosine to a tenth of its peak."""
+    weight_decay: float = 0.1
+    """Share of a weight that an update removes, per unit of learning rate."""
+    max_grad_norm: float = 1.0
+    """Joint L2 norm that larger gradients are scaled down to; inf turns it off."""
+    strategy: Literal["auto", "whole", "split", "eager"] = "auto"
+    """How a step runs: as one graph, as two, not compiled, or as the first of these that works."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train: cpu, cuda, cuda:1, ..."""
+    log_every: int = 20
+    """Updates per line of metrics.jsonl, which is the exact mean over them."""
+    eval_every: int = 400
+    """Updates between two validations; there is always one at the end."""
+    eval_rows: int = 256
+    """Rows of seq_len bytes to validate on, spread evenly over the validation text."""
+    sample_bytes: int = 400
+    """Length of the text that the trained model writes, in bytes."""
+    seed: int = 0
+    """Decides the first weights, the order of the data and the sample; an integer of 64 bits."""
+    folder: Path = Path("runs/pretrain_lm")
+    """Where the results go; those of an earlier run in the same folder are replaced."""
+
+
+RESULTS = {
+    "model.safetensors": "the weights, under the module's names; safetensors.torch.load_model reads them",
+    "metrics.jsonl": "one JSON object per line: loss, learning rate, gradient norm and speed over the steps",
+    "loss.png": "training and validation loss over the steps",
+}
+
+
+def main(config: Config) -> TrainState:
+    device = torch.device(config.device)
+
+    # Data: documents are split whole, then packed into rows of seq_len inputs and their targets.
+    training, validation = (
+        pack(part, config.seq_len) for part in split_by_name(documents(config), config.validation_share)
+    )
+    shuffled = shuffled_batches(training, config.batch_size, seed=config.seed)
+    training_batches = (rows.to(device, torch.int64) for rows in itertools.islice(shuffled, config.steps))
+    spacing = math.ceil(len(validation) / config.eval_rows)
+    validation_batches = torch.split(validation[::spacing].to(device, torch.int64), config.batch_size)
+
+    # Model: tokens are bytes. The loss is a function of the state's tensors, not of the module's.
+    torch.manual_seed(config.seed)
+    module = GPT(256, config.width, config.num_layers, config.num_heads, tie_weights=config.tie_weights).to(device)
+    loss = module_loss(module, next_byte, inputs=lambda rows: rows[:, :-1], targets=lambda rows: rows[:, 1:])
+
+    # Optimizer: clip, then AdamW at a rate that rises and falls.
+    rise = min(config.warmup_steps, config.steps - 1)
+    fall = cosine(config.learning_rate, config.steps - rise, final=config.learning_rate / 10)
+    decayed = adamw(warmup(fall, rise), betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = chain(clip_by_global_norm(config.max_grad_norm), decayed)
+    state = init_state(module, optimizer, seed=config.seed)
+
+    # Step: one update. The compiled step works in the memory of the state it is given.
+    step = compile_step(make_train_step(loss, optimizer, accumulate=config.accumulate), strategy=config.strategy)
+    eval_step = make_eval_step(loss)
+    print(
+        f"{num_parameters(state.params):,} parameters on {device}, {len(training) * config.seq_len:,} bytes to train on"
+    )
+
+    # Loop: a record comes after every update; what to do with it is written here.
+    window: Metrics = {}
+    since = time.perf_counter()
+    with JsonLines(config.folder / "metrics.jsonl") as log, tqdm(total=config.steps, unit="step") as bar:
+        for record in run(step, state, training_batches):
+            state, is_last = record.state, record.step == config.steps
+            window = merge_metrics(window, record.metrics)
+            bar.update()
+            if record.step == 1:
+                bar.write(str(step.explain()))
+            if record.step == 1 or record.step % config.log_every == 0 or is_last:
+                # The numbers are read here; between two readings the host does not wait for the device.
+                row = {name: float(metric.compute()) for name, metric in window.items()}
+                row["bytes_per_second"] = row.pop("tokens") / (time.perf_counter() - since)
+                log.write(step=record.step, **row)
+                bar.set_postfix_str("{bits_per_byte:.3f} bits/byte, {bytes_per_second:,.0f} bytes/s".format(**row))
+                window, since = {}, time.perf_counter()
+            if record.step % config.eval_every == 0 or is_last:
+                before = time.perf_counter()
+                bits = float(evaluate(eval_step, state, validation_batches)["bits_per_byte"].compute())
+                log.write(step=record.step, validation_bits_per_byte=bits)
+                bar.write(f"step {record.step}: validation {bits:.3f} bits per byte")
+                since += time.perf_counter() - before
+
+    # Results: the weights under the module's own names, the curves, a text that the model writes.
+    write_to(module, state)
+    save_model(module, str(config.folder / "model.safetensors"))
+    curves = {"bits_per_byte": "training", "validation_bits_per_byte": "validation"}
+    plot_curves(
+        read_jsonl(config.folder / "metrics.jsonl"), config.folder / "loss.png", curves, y_label="bits per byte"
+    )
+    prompt = torch.tensor(list(SEPARATOR), device=device)
+    written = sample(module, prompt, context=config.seq_len, temperature=0.8, seed=config.seed)
+    print(bytes(itertools.islice(written, config.sample_bytes)).decode(errors="replace"), end="\n\n")
+    print(describe_folder(config.folder, RESULTS))
+    return state
+
+
+def documents(config: Config) -> Dataset:
+    """The documents that the options ask for."""
+    if config.data is not None and config.dataset is not None:
+        raise ValueError("data and dataset: both are given, expected at most one of them")
+    if config.dataset is not None:
+        return dataset_documents(config.dataset)
+    return stdlib_documents() if config.data is None else path_documents(config.data)
+
+
+def next_byte(logits: Tensor, targets: Tensor) -> LossOutput:
+    """Cross entropy of the next byte, reported in bits as well."""
+    out = causal_lm(logits, targets, shift=False)
+    return replace(
+        out, metrics={**out.metrics, "bits_per_byte": BitsPerByte(out.loss_sum, torch.as_tensor(out.weight))}
+    )
+
+
+if __name__ == "__main__":
+    main(parse(Config, description=__doc__))

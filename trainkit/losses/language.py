@@ -1,0 +1,436 @@
+"""Losses over tokens, and a language-model head that never holds all its logits.
+
+Shapes: B batch, T position, N = B T rows, D width, V vocabulary, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainkit.losses.checks import (
+    at_least_float32,
+    check_floating,
+    check_labels,
+    check_not_negative,
+    check_share,
+    extra_metrics,
+)
+from trainkit.metrics import Mean, Metric, MetricFn, Sum
+from trainkit.types import LossOutput
+
+# Before torch 2.13 there was no such operator, or one that holds all logits.
+_OPTIONS: Any = getattr(nn, "LinearCrossEntropyOptions", None)
+
+
+def causal_lm(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = True,
+    metrics: Mapping[str, MetricFn] | None = None,
+) -> LossOutput:
+    """Cross entropy of the next token.
+
+    sum over predicted tokens of -(1 - s) log p[y] - s/V sum_v log p[v] + z (log sum_v exp x[v])^2, p = softmax(x).
+    The weight is the number of predicted tokens: those whose label is not ``ignore_index``.
+
+    Reports ``tokens`` (a sum) and, where it is used, ``z_loss`` (its part of the mean loss).
+
+    Args:
+        logits: x, [B, T, V], floating. Narrow dtypes are taken to float32, which needs the memory of a copy in eager
+            mode; :func:`causal_lm_head` needs none of it.
+        labels: [B, T], integers. With ``shift``, the input tokens themselves: position t predicts label t + 1.
+        ignore_index: tokens with this label count for nothing.
+        label_smoothing: s, in [0, 1).
+        z_loss: z, >= 0; keeps the normaliser near one (PaLM used 1e-4).
+        shift: False if label t belongs to position t already.
+        metrics: more to report by name, functions of (logits, labels) such as ``trainkit.metrics.accuracy``.
+
+    Raises: TypeError for labels that are no integers; ValueError for shapes that disagree, an empty batch, labels
+        that are no token (looked at eagerly on the CPU only), or arguments out of range.
+
+    Example:
+        >>> out = causal_lm(torch.zeros(1, 4, 7), torch.tensor([[1, 2, 3, -100]]))
+        >>> out.loss_sum / out.weight, out.metrics["tokens"].compute()
+        (tensor(1.9459), tensor(2))
+
+    Source: torch.nn.functional.cross_entropy (torch 2.13) for the first terms; Chowdhery et al. 2022 (PaLM), sec. 5,
+    for the last. Shifts as transformers' ``ForCausalLMLoss``.
+    """
+    labels = check_labels(labels, logits, ignore_index=ignore_index)
+    if shift:
+        labels = next_tokens(labels, ignore_index)
+    return _token_loss(logits, labels, ignore_index, label_smoothing, z_loss, metrics)
+
+
+def masked_lm(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    metrics: Mapping[str, MetricFn] | None = None,
+) -> LossOutput:
+    """Cross entropy of tokens at their own position: masked language models, sequence to sequence, tagging.
+
+    The formula, the weight and the metrics of :func:`causal_lm`, without its shift.
+
+    Args:
+        logits: [B, T, V], floating.
+        labels: [B, T], integers; label t belongs to position t.
+        ignore_index: tokens with this label (those that were not masked) count for nothing.
+        label_smoothing: in [0, 1).
+        z_loss: >= 0.
+        metrics: more to report by name, functions of (logits, labels).
+
+    Raises: as :func:`causal_lm`.
+
+    Example:
+        >>> masked_lm(torch.zeros(1, 3, 7), torch.tensor([[-100, 2, -100]])).weight
+        tensor(1)
+
+    Source: Devlin et al. 2019 (BERT), sec. 3.1; torch.nn.functional.cross_entropy (torch 2.13).
+    """
+    labels = check_labels(labels, logits, ignore_index=ignore_index)
+    return _token_loss(logits, labels, ignore_index, label_smoothing, z_loss, metrics)
+
+
+def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """The label of each position for a model that predicts the next one; the last has none.
+
+    Labels move and logits stay, because logits without their last position would be a copy of almost all of them.
+
+    Example:
+        >>> next_tokens(torch.tensor([[1, 2, 3]]))
+        tensor([[   2,    3, -100]])
+    """
+    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def _token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    metrics: Mapping[str, MetricFn] | None,
+) -> LossOutput:
+    check_share("label_smoothing", label_smoothing)
+    check_not_negative("z_loss", z_loss)
+    scores, flat = at_least_float32(logits).flatten(0, -2), labels.flatten()
+    loss_sum = F.cross_entropy(
+        scores, flat, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    kept = flat != ignore_index
+    tokens = kept.sum()
+    reported: dict[str, Metric] = {"tokens": Sum(tokens)}
+    if z_loss:
+        penalty = z_loss * torch.where(kept, scores.logsumexp(-1).square(), 0).sum()
+        loss_sum = loss_sum + penalty
+        reported["z_loss"] = Mean(penalty.detach(), tokens)
+    reported.update(extra_metrics(metrics, logits, labels, ignore_index))
+    return LossOutput(loss_sum, tokens, reported)
+
+
+def sequence_log_probs(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, shift: bool = True) -> Tensor:
+    """The log-probability of each sequence: sum over its predicted tokens of log p[y].
+
+    Args:
+        logits: [B, T, V], floating.
+        labels: [B, T], integers; ``ignore_index`` on the prompt and the padding.
+        ignore_index: tokens with this label count for nothing.
+        shift: as for :func:`causal_lm`.
+
+    Returns: [B], float32 or wider.
+
+    Raises: as :func:`causal_lm`.
+
+    Example:
+        >>> sequence_log_probs(torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [0, 1, -100]]))
+        tensor([-2.7726, -1.3863])
+    """
+    labels = check_labels(labels, logits, ignore_index=ignore_index)
+    if shift:
+        labels = next_tokens(labels, ignore_index)
+    scores = at_least_float32(logits).flatten(0, -2)
+    losses = F.cross_entropy(scores, labels.flatten(), reduction="none", ignore_index=ignore_index)
+    return -losses.reshape(labels.shape).sum(-1)
+
+
+def causal_lm_head(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+    shift: bool = True,
+) -> LossOutput:
+    """:func:`causal_lm` for a model that returns its last hidden states, without ever holding all logits.
+
+    causal_lm(hidden @ head_weight.T + bias, labels), computed by :func:`linear_cross_entropy`.
+
+    Args:
+        hidden: [B, T, D], floating.
+        head_weight: [V, D]; with tied embeddings, the embedding.
+        labels: [B, T], integers.
+        bias: [V].
+        ignore_index: as for :func:`causal_lm`, as are ``label_smoothing``, ``z_loss`` and ``shift``.
+        label_smoothing: in [0, 1).
+        z_loss: >= 0.
+        chunk_size: rows whose logits exist at a time; None chooses.
+        shift: False if label t belongs to position t already.
+
+    Raises: as :func:`linear_cross_entropy`.
+
+    Example:
+        >>> hidden, head = torch.zeros(1, 3, 2), torch.ones(5, 2)
+        >>> causal_lm_head(hidden, head, torch.tensor([[0, 1, 2]])).loss_sum
+        tensor(3.2189)
+    """
+    check_labels(labels, hidden, ignore_index=ignore_index, classes=head_weight.shape[0])
+    return linear_cross_entropy(
+        hidden,
+        head_weight,
+        next_tokens(labels, ignore_index) if shift else labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk_size=chunk_size,
+    )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+) -> LossOutput:
+    """Cross entropy of a linear layer's outputs, holding the logits of a few rows at a time.
+
+    masked_lm(hidden @ head_weight.T + bias, labels): its formula, weight and metrics.
+
+    Each chunk's logits are made once, in the forward pass, which leaves the gradients of ``hidden`` and
+    ``head_weight``; the backward pass only scales them. Memory beyond the gradients is a few times
+    ``chunk_size`` V numbers. It can be differentiated once, and in eager mode its backward pass runs once.
+
+    torch's own operator does the work where it can: torch 2.13, no smoothing, no z-loss. It is lean on a CPU as well as
+    on a GPU, eager and compiled. Elsewhere it is an operator of the same shape here. Under ``torch.func`` (per-example
+    gradients), where neither has a rule, it is the plain formula: each row's gradient of the head is larger than its
+    logits.
+
+    Args:
+        hidden: [..., D], floating. Under autocast it is taken to autocast's dtype, as a linear layer would.
+        head_weight: [V, D].
+        labels: [...], integers; label i belongs to row i.
+        bias: [V].
+        ignore_index: rows with this label count for nothing.
+        label_smoothing: in [0, 1).
+        z_loss: >= 0.
+        chunk_size: R, rows whose logits exist at a time. None takes max(D, 1024): then the logits of a
+            chunk are about as large as the gradient of the head.
+
+    Raises: TypeError for labels that are no integers; ValueError for shapes that disagree, an empty batch, labels that
+        are no class (looked at eagerly on the CPU only), or arguments out of range.
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(3, 2), torch.ones(5, 2), torch.tensor([0, 4, -100]), chunk_size=2).loss_sum
+        tensor(3.2189)
+
+    Source: torch.nn.functional.linear_cross_entropy (torch 2.13); gradients in the forward pass as in Hsu et al. 2024
+    (Liger Kernel), sec. 3.2.
+    """
+    _check_head(hidden, head_weight, bias)
+    labels = check_labels(labels, hidden, ignore_index=ignore_index, classes=head_weight.shape[0])
+    check_share("label_smoothing", label_smoothing)
+    check_not_negative("z_loss", z_loss)
+    rows = max(hidden.shape[-1], 1024) if chunk_size is None else chunk_size
+    if rows < 1:
+        raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1 row")
+    x, weight, bias = _autocast(hidden.flatten(0, -2), head_weight, bias)
+    flat = labels.flatten()
+    tokens = (flat != ignore_index).sum()
+    reported: dict[str, Metric] = {"tokens": Sum(tokens)}
+    if _inside_functorch(x, weight):
+        return _token_loss(F.linear(x, weight, bias), flat, ignore_index, label_smoothing, z_loss, None)
+    if _OPTIONS is not None and not (label_smoothing or z_loss):
+        # A graph may run backward more than once as far as the operator knows; said here, it does not warn.
+        options = _OPTIONS(batch_chunk_size=rows, allow_retain_graph=torch.compiler.is_compiling())
+        loss_sum = F.linear_cross_entropy(
+            x, weight, flat, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
+        )
+        return LossOutput(at_least_float32(loss_sum), tokens, reported)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    loss_sum, penalty, *_ = _chunked_cross_entropy(
+        x, weight, bias, flat, ignore_index, label_smoothing, z_loss, rows, wanted
+    )
+    if z_loss:
+        reported["z_loss"] = Mean(penalty.detach(), tokens)
+    return LossOutput(loss_sum, tokens, reported)
+
+
+# One node in a compiled graph, like torch's operator: an unrolled loop would cost compile time for each chunk, and
+# leave it to the compiler whether one chunk's logits are gone before the next are made.
+@torch.library.custom_op("trainkit::chunked_cross_entropy", mutates_args=())
+def _chunked_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    rows: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss sum, its z-loss part, and the gradients of x, weight and bias, each empty where it is not wanted."""
+    rule = _Rule(ignore_index, label_smoothing, z_loss)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    loss_sum, penalty = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
+    grad_x = torch.empty_like(x) if wanted[0] else x.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else weight.new_empty(0)
+    grad_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=wide)
+    parts = zip(torch.split(x, rows), torch.split(labels, rows), strict=True)
+    for start, (x_part, labels_part) in zip(range(0, len(x), rows), parts, strict=True):
+        logits = F.linear(x_part, weight, bias).to(wide)
+        loss_part, penalty_part, normaliser = _chunk_loss(logits, labels_part, rule)
+        loss_sum += loss_part
+        penalty += penalty_part
+        if not any(wanted):
+            continue
+        grad = _chunk_grad(logits, labels_part, normaliser, rule)
+        if wanted[2]:
+            grad_bias += grad.sum(0)
+        grad = grad.to(x.dtype)
+        if wanted[0]:
+            torch.mm(grad, weight, out=grad_x[start : start + rows])
+        if wanted[1]:
+            _add_product(grad_weight, grad.t(), x_part)
+    return loss_sum, penalty, grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total <- total + a b, in the dtype of ``total``, which may be wider."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+@_chunked_cross_entropy.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    rows: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty((), dtype=wide),
+        x.new_empty((), dtype=wide),
+        torch.empty_like(x) if wanted[0] else x.new_empty(0),
+        torch.empty_like(weight) if wanted[1] else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if wanted[2] else 0),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[-1]
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _scale_gradients(ctx: Any, grad_loss: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+    grads = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    return *((grad * grad_loss).to(grad.dtype) if wanted else None for grad, wanted in grads), *[None] * 6
+
+
+_chunked_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+
+
+def _chunk_loss(logits: Tensor, labels: Tensor, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of some rows, its z-loss part, and log sum exp of each row."""
+    kept = labels != rule.ignore_index
+    normaliser = logits.logsumexp(-1)
+    right = logits.gather(-1, torch.where(kept, labels, 0).unsqueeze(-1)).squeeze(-1)
+    losses = normaliser - (1 - rule.label_smoothing) * right
+    if rule.label_smoothing:
+        losses = losses - rule.label_smoothing * logits.mean(-1)
+    penalty = rule.z_loss * torch.where(kept, normaliser.square(), 0).sum()
+    return torch.where(kept, losses, 0).sum() + penalty, penalty, normaliser
+
+
+def _chunk_grad(logits: Tensor, labels: Tensor, normaliser: Tensor, rule: _Rule) -> Tensor:
+    """d loss / d logits, written over the logits.
+
+    p (1 + 2 z log sum exp) - (1 - s) [v = y] - s / V in the kept rows, with p = softmax.
+    """
+    kept = (labels != rule.ignore_index).unsqueeze(-1)
+    normaliser = normaliser.unsqueeze(-1)
+    grad = logits.sub_(normaliser).exp_()
+    grad.mul_(torch.where(kept, 1 + 2 * rule.z_loss * normaliser, 0))
+    if rule.label_smoothing:
+        grad.sub_(kept * (rule.label_smoothing / logits.shape[-1]))
+    target = torch.where(kept, labels.unsqueeze(-1), 0)
+    return grad.scatter_add_(-1, target, kept * torch.full_like(normaliser, rule.label_smoothing - 1))
+
+
+def _check_head(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> None:
+    check_floating("hidden", hidden)
+    check_floating("head_weight", head_weight)
+    if head_weight.dim() != 2 or head_weight.shape[-1] != hidden.shape[-1]:
+        raise ValueError(
+            f"head_weight: shape {tuple(head_weight.shape)} for hidden states of shape {tuple(hidden.shape)}; expected "
+            f"[classes, {hidden.shape[-1]}], as torch.nn.Linear keeps it"
+        )
+    if bias is not None and bias.shape != head_weight.shape[:1]:
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, expected {tuple(head_weight.shape[:1])}")
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast would do to the arguments of a linear layer: custom functions are not on its list."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _inside_functorch(*tensors: Tensor) -> bool:
+    # A graph being compiled has no such tensors.
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

@@ -1,0 +1,114 @@
+"""Updates that are left out where a gradient is not finite, without asking the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from trainkit import tree
+from trainkit.optim.torch_kernels import device_of
+from trainkit.optim.transform import REPORT, Transform, with_entries
+from trainkit.types import OptState, Params
+
+T = TypeVar("T", Tensor, TensorDict)
+
+
+def skip_nonfinite(tx: Transform) -> Transform:
+    """Leave parameters and optimizer state as they are where any gradient holds an infinity or a NaN.
+
+    The choice is made on the device, number by number. ``skipped`` is reported: 1 for an update that was left out,
+    else 0. Outside of a graph it costs a second set of parameters and state while the update runs; inside, nothing
+    but the test.
+
+    Args:
+        tx: what to run. It sees zeros instead of the gradients that are not finite, so that no decomposition fails.
+
+    Example:
+        >>> from trainkit.optim import sgd
+        >>> w = tree.frozen({"w": torch.tensor([1.0])})
+        >>> bad = tree.frozen({"w": torch.tensor([float("nan")])})
+        >>> tx = skip_nonfinite(sgd(0.5))
+        >>> after, state = tx.apply(bad, tx.init(w), w)
+        >>> after["w"], state["inner"]["count"], state["report"]["skipped"]
+        (tensor([1.]), tensor(0), tensor(1.))
+
+    Source: ``optax.apply_if_finite``, without its limit.
+    """
+
+    def init(params: Params) -> dict[str, Any]:
+        return {REPORT: {"skipped": torch.zeros((), device=device_of(params))}}
+
+    def after(opt_state: OptState, finite: Tensor) -> dict[str, Any]:
+        return {REPORT: tree.assign(opt_state[REPORT], [(~finite).float()])}
+
+    return guarded(tx, init, after)
+
+
+def guarded(
+    tx: Transform,
+    init_own: Callable[[Params], dict[str, Any]],
+    own_after: Callable[[OptState, Tensor], dict[str, Any]],
+) -> Transform:
+    """``tx`` where all gradients are finite, nothing elsewhere; with memory of its own about which it was.
+
+    State: ``inner`` (that of ``tx``) and the entries of its own.
+
+    Args:
+        tx: what to run.
+        init_own: its first entries, from the parameters.
+        own_after: ``(opt_state, finite) -> entries``, the same ones after an update; ``finite`` is a 0-d bool tensor.
+    """
+
+    def init(params: Params) -> OptState:
+        return tree.frozen({"inner": tx.init(params), **init_own(params)})
+
+    def update(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
+        finite = tree.all_finite(tree.leaves(grads))
+        with tree.keep():
+            updates, inner = tx.update(_or_zero(finite, grads), opt_state["inner"], params, **extra)
+        return _or_zero(finite, updates), close(finite, inner, opt_state)
+
+    def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
+        finite = tree.all_finite(tree.leaves(grads))
+        with tree.keep():
+            new, inner = tx.apply(_or_zero(finite, grads), opt_state["inner"], params, **extra)
+        return select(finite, new, params), close(finite, inner, opt_state)
+
+    def close(finite: Tensor, inner: OptState, opt_state: OptState) -> OptState:
+        inner = select(finite, inner, opt_state["inner"])
+        return with_entries(opt_state, {"inner": inner, **own_after(opt_state, finite)})
+
+    return Transform(init, update, apply)
+
+
+def select(condition: Tensor, new: T, old: T) -> T:
+    """``new`` where the condition holds, else ``old``: one tensor, or all tensors of nested trees with equal names.
+
+    Where the old tensors are donated, the choice is written over them.
+
+    Args:
+        condition: 0-d bool tensor.
+        new: a tree.
+        old: a tree with the same names, shapes and dtypes.
+
+    Example:
+        >>> select(torch.tensor(False), torch.ones(1), torch.zeros(1))
+        tensor([0.])
+    """
+    if isinstance(new, TensorDict):
+        entries: Any = old
+        return with_entries(old, {name: select(condition, child, entries[name]) for name, child in new.items()})
+    if new is old:
+        return old
+    if not tree.has_foreach():
+        return torch.where(condition, new, old)
+    (out,) = tree.writable([old])
+    return torch.where(condition, new, out, out=out)
+
+
+def _or_zero(finite: Tensor, updates: Params) -> Params:
+    return tree.map_tensors(lambda t: torch.where(finite, t, 0), updates)
