@@ -60,7 +60,7 @@ def accumulate(gradient: GradientFn, n: int | None = None) -> GradientFn:
 def add_gradients(total: Gradients, one: Gradients) -> Gradients:
     """The gradients of two batches together; ``buffers`` are those of the later one."""
     summed = tree.writable(total.grads.values())
-    if torch.compiler.is_compiling():
+    if not tree.has_foreach():
         summed = [a + b for a, b in zip(summed, one.grads.values(), strict=True)]
     else:
         torch._foreach_add_(summed, tree.leaves(one.grads))

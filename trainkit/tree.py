@@ -99,7 +99,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     norms = _norms(tensors) if has_foreach() else [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return _replicated(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
@@ -133,8 +133,21 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     One reduction per tensor (a sum is finite only if its terms are, but a sum of finite terms may overflow, so
     the extremes are looked at instead).
     """
-    checks = [torch.isfinite(torch.stack(torch.aminmax(t))).all() for t in tensors if t.numel() and t.is_floating_point()]
-    return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool)
+    checks = [_is_finite(t) for t in tensors if t.numel() and t.is_floating_point()]
+    return _replicated(torch.stack(checks).all()) if checks else torch.ones((), dtype=torch.bool)
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "full_tensor"):
+        # The largest number over ranks may lose a NaN on the way; a count cannot.
+        return torch.isfinite(tensor).sum() == tensor.numel()
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+
+
+def _replicated(number: Tensor) -> Tensor:
+    """A 0-d result over tensors that are spread over ranks, as the ordinary tensor that every rank then has."""
+    whole: Tensor = number.full_tensor() if hasattr(number, "full_tensor") else number
+    return whole
 
 
 def ownership(*trees: Any) -> Ownership:
@@ -232,7 +245,7 @@ def _own_copy(owned: Ownership, tensor: Tensor) -> Tensor:
 def scaled(tree: TensorDict, factor: Tensor) -> TensorDict:
     """Every tensor times a 0-d factor, in its own dtype."""
     out = writable(tree.values())
-    if torch.compiler.is_compiling():
+    if not has_foreach():
         return like(tree, [(t * factor).to(t.dtype) for t in out])
     torch._foreach_mul_(out, factor)
     return like(tree, out)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from trainkit import optim, tree
 from trainkit.optim.transform import Transform, add_updates, chain, reports
@@ -65,7 +66,7 @@ OPTIMIZERS = [
             {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True},
             {"dampening": 0.3, "maximize": True},
         ),
-        0.05,
+        0.5,
         complex=True,
     ),
     Row(
@@ -356,13 +357,13 @@ def test_schedule_free_eval_finds_its_memory_inside_a_chain() -> None:
 
 def quadratic(w: Tensor) -> Tensor:
     target = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=w.dtype)
-    return ((w - target).square() * torch.tensor([[1.0, 10.0], [3.0, 0.3]], dtype=w.dtype)).sum()
+    return ((w - target).square() * torch.tensor([[0.1, 1.0], [0.3, 0.03]], dtype=w.dtype)).sum()
 
 
 def valley(w: Tensor) -> Tensor:
     """Rosenbrock's function of both rows, with a milder valley."""
     x, y = w[:, 0], w[:, 1]
-    return ((1 - x).square() + 5 * (y - x.square()).square()).sum()
+    return (0.1 * (1 - x).square() + 0.5 * (y - x.square()).square()).sum()
 
 
 @every_optimizer
@@ -403,8 +404,7 @@ def test_leaves_its_inputs_as_they_were(row: Row, options: Options) -> None:
 def test_donated_equals_pure_and_reuses_the_memory(row: Row, options: Options) -> None:
     tx = row.make(schedule, **options)
     params, opt_state = run(tx, row, random_tree(row, 0, torch.float32), 2)
-    given = tree.clone((params, opt_state))
-    donated_params, donated_state = tree.frozen(given[0]), tree.frozen(given[1])
+    donated_params, donated_state = tree.clone((params, opt_state))
     pointers = {path: t.data_ptr() for path, t in donated_state.items(True, True)}
     param_pointers = {name: t.data_ptr() for name, t in donated_params.items()}
     for step in range(2, 5):
@@ -549,8 +549,16 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.fixture
+def float64_numbers() -> Iterator[None]:
+    # torch keeps NAdam's product of momenta in the default dtype; in float32 a graph rounds it in another place.
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @every_optimizer
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler", "float64_numbers")
 def test_compiles_once_with_gradients_and_a_changing_rate(row: Row) -> None:
     graphs = 0
 
@@ -586,23 +594,33 @@ def test_compiles_once_with_gradients_and_a_changing_rate(row: Row) -> None:
 
 
 @every_optimizer
-def test_under_vmap_equals_one_by_one(row: Row) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.usefixtures("fresh_compiler", "float64_numbers")
+def test_under_vmap_equals_one_by_one(row: Row, compiled: bool) -> None:
     members = [random_tree(row, seed) for seed in (0, 1, 2)]
     rates = torch.tensor([0.1, 0.01, 0.3], dtype=torch.float64)
-    stacked = tree.frozen({name: torch.stack([m[name] for m in members]) for name in members[0].keys()})
+    options = max(row.grid, key=len)
 
-    def two_steps(params: Params, rate: Tensor) -> Params:
-        tx = row.make(lambda count: rate)
-        opt_state = tx.init(params)
+    def two_steps(params: dict[str, Tensor], memory: dict[str, Any], rate: Tensor) -> dict[str, Tensor]:
+        tx = row.make(lambda count: rate, **options)
+        now, opt_state = tree.frozen(params), tree.frozen(memory)
         for step in range(2):
-            grads = tree.map_tensors(lambda p, step=step: torch.cos(p + step), params)
-            params, opt_state = tx.apply(grads, opt_state, params)
-        return params
+            grads = tree.map_tensors(lambda p, step=step: torch.cos(p + step), now)
+            now, opt_state = tx.apply(grads, opt_state, now)
+        return dict(now.items())
 
-    found = torch.vmap(two_steps)(stacked, rates)
-    for i, member in enumerate(members):
-        expected = two_steps(member, rates[i])
-        assert_close(tree.frozen({name: t[i] for name, t in found.items()}), expected)
+    def first_memory(params: Params) -> dict[str, Any]:
+        return row.make(0.1, **options).init(params).to_dict()
+
+    inputs = [(dict(member.items()), first_memory(member), rate) for member, rate in zip(members, rates, strict=True)]
+    stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *inputs)
+    batched = torch.vmap(two_steps)
+    found = (torch.compile(batched, fullgraph=True, backend="eager") if compiled else batched)(*stacked)
+    for i in range(len(members)):
+        expected = two_steps(*inputs[i])
+        # Muon's iteration rounds to bfloat16, and matrices in a batch are multiplied in another order.
+        tolerance = (1e-2, 1e-2) if row.id == "muon" else (1e-10, 1e-12)
+        assert_close(tree.frozen({name: t[i] for name, t in found.items()}), tree.frozen(expected), *tolerance)
 
 
 # -- bad arguments -------------------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainkit.execution.submodules import forwards, matching
 from trainkit.functional import slots_of
 from trainkit.types import Batch, Buffers, LossFn, LossOutput, Params
 
@@ -45,26 +44,13 @@ def remat(loss: LossFn, module: nn.Module, pattern: str) -> LossFn:
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; through torch.utils.checkpoint
     (non-reentrant).
     """
-    chosen = _matching(module, pattern)
-    recomputing = [(submodule, _recomputing(submodule)) for submodule in chosen]
+    recomputing = [(submodule, _recomputing(submodule)) for submodule in matching(module, pattern).values()]
 
     def checkpointed(params: Params, buffers: Buffers, batch: Batch) -> LossOutput:
-        with _forwards(recomputing):
+        with forwards(recomputing):
             return loss(params, buffers, batch)
 
     return checkpointed
-
-
-def _matching(module: nn.Module, pattern: str) -> list[nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for name, submodule in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and not inside and fnmatchcase(name, pattern):
-            found[name] = submodule
-    if not found:
-        names = [name for name, _ in module.named_modules() if name][:5]
-        raise ValueError(f"pattern: {pattern!r} matches no submodule; names look like {', '.join(map(repr, names))}")
-    return list(found.values())
 
 
 def _recomputing(submodule: nn.Module) -> Callable[..., Any]:
@@ -97,14 +83,3 @@ def _put(slots: dict[str, list[tuple[dict[str, Any], str]]], tensors: list[Any])
     places = [place for group in slots.values() for place in group]
     for (holder, leaf), tensor in zip(places, tensors, strict=True):
         holder[leaf] = tensor
-
-
-@contextmanager
-def _forwards(replacements: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    for submodule, forward in replacements:
-        submodule.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for submodule, _ in replacements:
-            del submodule.__dict__["forward"]

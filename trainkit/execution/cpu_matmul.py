@@ -44,7 +44,7 @@ def _lower(a: Any, b: Any) -> Any:
         device=left.get_device(), dtype=left.get_dtype(), size=[left.get_size()[0], right.get_size()[0]]
     )
     node = mkldnn_ir.LinearUnary(layout=layout, inputs=[left, right], constant_args=[None, "none", [-1], ""])
-    return mkldnn_ir._create_output_node(node)
+    return ir.TensorBox.create(mkldnn_ir._create_output_node(node))
 
 
 def lowered_transpose(matrix: Any) -> Any:

@@ -77,6 +77,8 @@ class Compiler:
         return index_guard.guarded(graph, self._inductor(graph, inputs))
 
     def _inductor(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if _has_regions(graph):
+            return compile_fx(graph, inputs, config_patches={**self._options, **FOR_REGIONS})
         if not self._options.get("cpp_wrapper"):
             return compile_fx(graph, inputs, config_patches=self._options)
         try:
@@ -86,3 +88,13 @@ class Compiler:
             compiled = compile_fx(graph, inputs, config_patches={**self._options, "cpp_wrapper": False})
             self.without_wrapper.append(cause(error))
             return compiled
+
+
+FOR_REGIONS = {"allow_buffer_reuse": False, "cpp_wrapper": False}
+"""Options for graphs with nested regions. Reusing buffers across them gives wrong gradients on a CPU in torch 2.13, by
+factors of thousands; the C++ wrapper does not know them."""
+
+
+def _has_regions(graph: fx.GraphModule) -> bool:
+    regions = torch.ops.higher_order.invoke_subgraph
+    return any(node.target is regions for node in graph.graph.nodes if node.op == "call_function")

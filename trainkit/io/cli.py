@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -37,4 +38,10 @@ def parse(config: type[Config], *, description: str | None = None, args: Sequenc
         import tyro
     except ImportError as error:
         raise ImportError("command lines need tyro: pip install 'trainkit[recipes]'") from error
-    return tyro.cli(config, description=description, args=args)
+    return tyro.cli(config, prog=_command(), description=description, args=args)
+
+
+def _command() -> str | None:
+    """How the process was started, where that was ``python -m``; None leaves it to argparse."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name}"

@@ -56,7 +56,7 @@ def classification(
     check_share("label_smoothing", label_smoothing)
     if class_weight is not None and class_weight.shape != logits.shape[-1:]:
         raise ValueError(f"class_weight: shape {tuple(class_weight.shape)}, expected {tuple(logits.shape[-1:])}")
-    scores, flat = at_least_float32(logits).flatten(0, -2), labels.flatten()
+    scores, flat = at_least_float32(logits).reshape(-1, logits.shape[-1]), labels.flatten()
     class_weight = None if class_weight is None else class_weight.to(scores)
     loss_sum = F.cross_entropy(
         scores, flat, class_weight, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
@@ -97,8 +97,8 @@ def soft_classification(
     check_floating("logits", logits)
     check_floating("probabilities", check_same_shape("probabilities", probabilities, "logits", logits))
     check_share("label_smoothing", label_smoothing)
-    scores = at_least_float32(logits).flatten(0, -2)
-    targets = probabilities.to(scores.dtype).flatten(0, -2)
+    scores = at_least_float32(logits).reshape(-1, logits.shape[-1])
+    targets = probabilities.to(scores.dtype).reshape(scores.shape)
     loss_sum = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=label_smoothing)
     return LossOutput(loss_sum, scores.shape[0], extra_metrics(metrics, logits, probabilities))
 

@@ -61,8 +61,8 @@ def distillation(
         raise ValueError(f"alpha: got {alpha}, expected a number in [0, 1]")
     if labels is None and (alpha < 1 or metrics):
         raise ValueError(f"labels: got None with alpha={alpha}; expected labels, or alpha=1 and no metrics of labels")
-    student = at_least_float32(student_logits).flatten(0, -2)
-    teacher = teacher_logits.detach().to(student.dtype).flatten(0, -2)
+    student = at_least_float32(student_logits).reshape(-1, student_logits.shape[-1])
+    teacher = teacher_logits.detach().to(student.dtype).reshape(student.shape)
     divergences = temperature**2 * _divergences(student / temperature, teacher / temperature)
     if labels is None:
         soft, rows = divergences.sum(), torch.tensor(len(student), device=student.device)

@@ -14,6 +14,8 @@ from trainkit.optim.rmsprop import rmsprop as rmsprop
 from trainkit.optim.schedule_free import schedule_free_adamw as schedule_free_adamw
 from trainkit.optim.schedule_free import schedule_free_eval as schedule_free_eval
 from trainkit.optim.sgd import sgd as sgd
+from trainkit.optim.torch_bridge import as_torch as as_torch
+from trainkit.optim.torch_bridge import from_torch as from_torch
 from trainkit.optim.transform import Transform as Transform
 from trainkit.optim.transform import chain as chain
 from trainkit.optim.transform import identity as identity

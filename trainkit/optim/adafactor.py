@@ -69,8 +69,8 @@ def adafactor(
             if p.dim() > 1:
                 variance = _factored(g, next(rows), next(columns), share, least)
             else:
-                variance = _towards(next(vectors), g * g, share).clone()
-            update = variance.clamp_(min=least * least).rsqrt_().mul_(g)
+                variance = _towards(next(vectors), g * g, share)
+            update = variance.clamp(min=least * least).rsqrt_().mul_(g)
             size = size / torch.clamp(_rms(update) / d, min=1.0)
             if weight_decay:
                 p.mul_(1 - learning_rate * weight_decay)
@@ -88,9 +88,9 @@ def adafactor(
 def _factored(g: Tensor, row: Tensor, column: Tensor, share: Tensor, least: float) -> Tensor:
     """The variance as the product of its row and column means, after they took in ``g``."""
     # A norm and its square need no second tensor as large as the gradient.
-    _towards(row, torch.linalg.vector_norm(g, dim=-1, keepdim=True).square_().div_(g.size(-1)), share)
-    _towards(column, torch.linalg.vector_norm(g, dim=-2, keepdim=True).square_().div_(g.size(-2)), share)
-    return (row @ column).div_(row.mean(dim=-2, keepdim=True).clamp_(min=least))
+    _towards(row, torch.linalg.vector_norm(g, dim=-1, keepdim=True).square().div_(g.size(-1)), share)
+    _towards(column, torch.linalg.vector_norm(g, dim=-2, keepdim=True).square().div_(g.size(-2)), share)
+    return (row @ column).div_(row.mean(dim=-2, keepdim=True).clamp(min=least))
 
 
 def _towards(average: Tensor, value: Tensor, share: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from trainkit.optim.torch_kernels import (
     kernel_optimizer,
     loop_form,
     step_tensors,
-    under_vmap,
 )
 from trainkit.optim.transform import Transform
 from trainkit.types import Schedule
@@ -64,8 +63,6 @@ def adamax(
             memory["exp_avg"],
             memory["exp_inf"],
             step_tensors(step, params),
-            # This form takes the maximum without `out=`, which vmap has no rule for.
-            differentiable=under_vmap(),
             eps=eps,
             beta1=betas[0],
             beta2=betas[1],

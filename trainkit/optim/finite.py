@@ -100,10 +100,11 @@ def select(condition: Tensor, new: T, old: T) -> T:
         tensor([0.])
     """
     if isinstance(new, TensorDict):
-        entries: Any = old
-        return with_entries(old, {name: select(condition, child, entries[name]) for name, child in new.items()})
+        before: Any = old
+        return with_entries(before, {name: select(condition, child, before[name]) for name, child in new.items()})
     if new is old:
         return old
+    # Neither a graph nor vmap takes ``out``.
     if not tree.has_foreach():
         return torch.where(condition, new, old)
     (out,) = tree.writable([old])

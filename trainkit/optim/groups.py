@@ -131,10 +131,13 @@ def by_name(patterns: Mapping[str | re.Pattern[str], str], default: str | None =
         ['head', 'small', 'rest']
     """
     tests = [(_test_of(pattern), label) for pattern, label in patterns.items()]
-    # Asked for every parameter in every update, so remembered; while a graph is made, called and not traced.
-    find = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
-        functools.cache(lambda name: next((label for test, label in tests if test(name)), default))
-    )
+    remembered = functools.cache(lambda name: next((label for test, label in tests if test(name)), default))
+
+    # While a graph is made it is called, not traced: a cache cannot be.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def find(name: str) -> str | None:
+        return remembered(name)
+
     return lambda name, param: find(name)
 
 

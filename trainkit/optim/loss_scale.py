@@ -100,7 +100,8 @@ def next_scale(
         >>> next_scale(torch.tensor(8.0), torch.tensor(1), torch.tensor(True), 2.0, 0.5, 2)
         (tensor(16.), tensor(0))
 
-    Source: ``torch._amp_update_scale_``, whose results it has to the bit; that one cannot be traced by value.
+    Source: ``torch._amp_update_scale_`` (torch 2.13), whose results it has to the bit; written out, it needs no copies
+    to stay pure and fuses with the rest of a graph.
     """
     wide = scale.to(real_dtype(scale.device))
     grown = (wide * growth_factor).to(scale.dtype)

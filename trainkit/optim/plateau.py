@@ -86,12 +86,11 @@ def reduce_on_plateau(
         loss = extra.get("loss")
         if not isinstance(loss, Tensor):
             raise TypeError(
-                f"loss: got {type(loss).__name__}, expected a 0-d tensor; pass loss= to update and apply, as apply_updates does"
+                f"loss: got {type(loss).__name__}, expected a 0-d tensor; pass loss= to update and apply, "
+                "as apply_updates does"
             )
         (scale,) = tree.leaves(opt_state[REPORT])
-        # The same memory holds the next scale a moment later.
-        updates = tree.scaled(grads, scale.clone())
-        return updates, observe(opt_state, loss)
+        return tree.scaled(grads, scale), observe(opt_state, loss)
 
     return transform(init, update)
 
@@ -103,15 +102,16 @@ def init_plateau(device: torch.device, *, mode: Literal["min", "max"] = "min") -
         >>> float(init_plateau(torch.device("cpu"))["report"]["plateau_scale"])
         1.0
     """
-    real, count = {"dtype": real_dtype(device), "device": device}, {"dtype": torch.int64, "device": device}
+    one = torch.ones((), dtype=real_dtype(device), device=device)
+    none = torch.zeros((), dtype=torch.int64, device=device)
     watched = {
-        "best": torch.full((), math.inf if mode == "min" else -math.inf, **real),
-        "total": torch.zeros((), **real),
-        "seen": torch.zeros((), **count),
-        "bad": torch.zeros((), **count),
-        "cooling": torch.zeros((), **count),
+        "best": one * (math.inf if mode == "min" else -math.inf),
+        "total": torch.zeros_like(one),
+        "seen": none,
+        "bad": none.clone(),
+        "cooling": none.clone(),
     }
-    return tree.frozen({"watched": watched, REPORT: {"plateau_scale": torch.ones((), **real)}})
+    return tree.frozen({"watched": watched, REPORT: {"plateau_scale": one}})
 
 
 def plateau(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -161,5 +162,4 @@ def _schedule_free_entries(opt_state: Any) -> Any:
 
 
 def _number_dtype(params: Params) -> torch.dtype:
-    first = next(iter(params.values()), torch.zeros(()))
-    return torch.promote_types(first.dtype, torch.float32)
+    return reduce(torch.promote_types, (p.dtype for p in tree.leaves(params)), torch.float32)

@@ -86,7 +86,7 @@ def optimizer(init: InitFn, apply: UpdateFn) -> Transform:
 def add_updates(params: Params, updates: Params) -> Params:
     """``params + updates``, in the dtype of the parameters."""
     new = tree.writable(params.values())
-    if torch.compiler.is_compiling():
+    if not tree.has_foreach():
         return tree.like(params, [p + u.to(p.dtype) for p, u in zip(new, updates.values(), strict=True)])
     torch._foreach_add_(new, [u.to(p.dtype) for p, u in zip(new, updates.values(), strict=True)])
     return tree.like(params, new)
@@ -183,7 +183,8 @@ def reports(opt_state: OptState) -> dict[str, Tensor]:
 
 def _entries(opt_state: Any, path: str) -> Any:
     for name, child in opt_state.items():
-        if name == REPORT:
+        # A tensor under this name is the memory of a parameter that is called so.
+        if name == REPORT and isinstance(child, TensorDict):
             yield path, child
         elif isinstance(child, TensorDict):
             yield from _entries(child, f"{path}{name}/")

@@ -63,27 +63,25 @@ def path_documents(path: Path) -> Dataset:
     return _documents(path, files)
 
 
-def dataset_documents(name: str, column: str = "text") -> Dataset:
+def dataset_documents(name: str) -> Dataset:
     """The training rows of a dataset of the Hugging Face hub, or of a local folder that ``load_dataset`` can read.
 
     Args:
-        name: what ``datasets.load_dataset`` takes; ``name:config`` picks a configuration.
-        column: which column holds the text.
+        name: what ``datasets.load_dataset`` takes; ``name:config`` picks a configuration. The text is in ``text``.
 
     Returns: documents named by their row number.
 
     Raises:
-        ValueError: the dataset has no such column, or one that is not text.
+        ValueError: the dataset has no column ``text``, or one that holds something else.
         FileNotFoundError, ConnectionError, ...: as ``load_dataset`` raises them.
     """
-    path, _, config = name.partition(":")
+    path, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
     rows = load_dataset(path, config or None, split="train")
-    if column not in rows.column_names:
-        raise ValueError(f"dataset: {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
-    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-        raise ValueError(f"dataset: column {column!r} of {name!r} is {rows.features[column]}, expected text")
-    texts = rows.select_columns(column).rename_column(column, "text")
-    return texts.add_column("name", [str(i) for i in range(len(texts))])
+    if "text" not in rows.column_names:
+        raise ValueError(f"dataset: {name!r} has no column 'text', it has {', '.join(rows.column_names)}")
+    if getattr(rows.features["text"], "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+        raise ValueError(f"dataset: column 'text' of {name!r} is {rows.features['text']}, expected text")
+    return rows.select_columns("text").add_column("name", [str(i) for i in range(len(rows))])
 
 
 def split_by_name(documents: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -103,8 +101,8 @@ def split_by_name(documents: Dataset, share: float) -> tuple[Dataset, Dataset]:
 
     Example:
         >>> documents = Dataset.from_dict({"name": ["a", "b", "c", "d"], "text": ["", "", "", ""]})
-        >>> [side["name"][:] for side in split_by_name(documents, 0.3)]
-        [['a', 'b', 'd'], ['c']]
+        >>> [side["name"][:] for side in split_by_name(documents, 0.2)]
+        [['a', 'b'], ['c', 'd']]
     """
     if not 0 < share < 1:
         raise ValueError(f"share: got {share}, expected a number between 0 and 1")

@@ -1,0 +1,210 @@
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+
+from recipes.gpt import GPT
+from recipes.pretrain_lm import Config, main
+from trainkit.rng import fold_in_host
+from trainkit.schedules import cosine, warmup
+
+# A command line is an interface: who changes an option changes this list.
+OPTIONS = [
+    "data", "dataset", "validation_share", "seq_len", "batch_size", "accumulate", "steps", "num_layers", "num_heads",
+    "width", "tie_weights", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "strategy", "device",
+    "log_every", "eval_every", "eval_rows", "sample_bytes", "seed", "folder",
+]  # fmt: skip
+SEQ_LEN, BATCH_SIZE, STEPS, SHARE = 16, 4, 3, 0.4
+TEXTS = {f"{i}.txt": f"Text number {i}: " + "abcdefgh"[i:] * 40 for i in range(6)}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    data = tmp_path / "texts"
+    data.mkdir()
+    for name, text in TEXTS.items():
+        (data / name).write_text(text)
+    return Config(
+        data=data,
+        validation_share=SHARE,
+        seq_len=SEQ_LEN,
+        batch_size=BATCH_SIZE,
+        steps=STEPS,
+        num_layers=1,
+        num_heads=2,
+        width=16,
+        warmup_steps=1,
+        strategy="eager",
+        device="cpu",
+        log_every=2,
+        eval_every=2,
+        sample_bytes=8,
+        folder=tmp_path / "run",
+    )
+
+
+def rows_of_texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation rows, made without trainkit."""
+    sides: tuple[bytearray, bytearray] = (bytearray(), bytearray())
+    for name, text in sorted(TEXTS.items()):
+        held_out = hashlib.sha256(name.encode()).digest()[0] / 256 < SHARE
+        sides[held_out].extend(b"\0" + text.encode())
+    whole = [(len(side) - 1) // SEQ_LEN for side in sides]
+    training, validation = (
+        torch.tensor([list(side[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1]) for i in range(n)])
+        for side, n in zip(sides, whole, strict=True)
+    )
+    return training, validation
+
+
+def read_metrics(config: Config) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def loaded(config: Config) -> GPT:
+    module = GPT(256, 16, 1, 2, tie_weights=config.tie_weights)
+    load_model(module, config.folder / "model.safetensors")
+    return module
+
+
+def test_the_options_are_frozen() -> None:
+    assert [field.name for field in fields(Config)] == OPTIONS
+
+
+def test_help_explains_every_option() -> None:
+    command = [sys.executable, "-m", "recipes.pretrain_lm", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("usage: python -m recipes.pretrain_lm ")
+    assert "Train a GPT on bytes" in shown.stdout
+    text = " ".join(shown.stdout.split())
+    assert not [name for name in OPTIONS if f"--{name.replace('_', '-')}" not in text]
+    assert "Context, in bytes. (default: 256)" in text
+
+
+def test_a_run_leaves_its_files_and_describes_them(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    state = main(config)
+    assert int(state.step) == STEPS
+    names = sorted(file.name for file in config.folder.iterdir())
+    assert names == ["loss.png", "metrics.jsonl", "model.safetensors"]
+    assert (config.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert all(name in out.splitlines()[-len(names) + i] for i, name in enumerate(reversed(names)))
+    assert "strategy: eager" in out
+
+
+def test_the_weights_are_those_of_a_plain_loop(config: Config) -> None:
+    main(config)
+    torch.manual_seed(config.seed)
+    module = GPT(256, 16, 1, 2)
+    decayed = torch.optim.AdamW(module.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    rate = warmup(cosine(config.learning_rate, STEPS - 1, final=config.learning_rate / 10), 1)
+    rows, _ = rows_of_texts()
+    generator = torch.Generator().manual_seed(fold_in_host(config.seed, 0))
+    order = torch.randperm(len(rows), generator=generator)
+    for i in range(STEPS):
+        batch = rows[order[i * BATCH_SIZE : (i + 1) * BATCH_SIZE]]
+        loss = torch.nn.functional.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        decayed.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+        decayed.param_groups[0]["lr"] = float(rate(torch.tensor(i)))
+        decayed.step()
+    found = loaded(config)
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), p, rtol=1e-4, atol=1e-6)
+
+
+def test_bits_per_byte_are_those_of_the_saved_weights(config: Config) -> None:
+    main(replace(config, eval_rows=10_000))
+    _, rows = rows_of_texts()
+    module = loaded(config).double()
+    with torch.no_grad():
+        log_probs = module(rows[:, :-1]).log_softmax(-1)
+    nats = -sum(float(log_probs[i, t, rows[i, t + 1]]) for i in range(len(rows)) for t in range(SEQ_LEN))
+    expected = nats / math.log(2) / (len(rows) * SEQ_LEN)
+    measured = {row["step"]: row["validation_bits_per_byte"] for row in read_metrics(config) if len(row) == 2}
+    assert sorted(measured) == [2, 3]
+    assert measured[STEPS] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_line_of_metrics_is_the_mean_over_its_updates(config: Config) -> None:
+    main(replace(config, log_every=1))
+    single = [row["loss"] for row in read_metrics(config) if "loss" in row]
+    main(replace(config, log_every=3))
+    first, mean = [row["loss"] for row in read_metrics(config) if "loss" in row]
+    assert first == single[0]
+    assert mean == pytest.approx((single[1] + single[2]) / 2)
+
+
+def test_accumulation_gives_the_same_weights(config: Config) -> None:
+    main(config)
+    whole = load_file(config.folder / "model.safetensors")
+    main(replace(config, accumulate=3))
+    for name, tensor in load_file(config.folder / "model.safetensors").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_tied_weights_are_saved_once_and_load(config: Config) -> None:
+    config = replace(config, tie_weights=True)
+    state = main(config)
+    assert len(load_file(config.folder / "model.safetensors")) == len(state.params.keys())
+    module = loaded(config)
+    assert torch.equal(module.head.weight, state.params["embedding.weight"])
+
+
+def test_a_text_file_will_do(config: Config) -> None:
+    file = config.folder.parent / "one.txt"
+    file.write_text("All work and no play. " * 30)
+    assert int(main(replace(config, data=file)).step) == STEPS
+
+
+def test_a_dataset_folder_will_do(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", config.folder.parent / "cache")
+    folder = config.folder.parent / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS.values()))
+    assert int(main(replace(config, data=None, dataset=str(folder))).step) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"data": Path("nowhere")},
+            FileNotFoundError,
+            "data: nothing is at 'nowhere'; expected a text file or a folder",
+        ),
+        (
+            {"seq_len": 5000},
+            ValueError,
+            "do not fill a row of seq_len \\+ 1 = 5001; give more text or a smaller seq_len",
+        ),
+        ({"batch_size": 500}, ValueError, "batch_size: got 500 for .* rows"),
+        ({"strategy": "fast"}, ValueError, "strategy: got 'fast', expected 'auto', 'whole', 'split' or 'eager'"),
+        ({"dataset": "name"}, ValueError, "data and dataset: both are given"),
+        ({"steps": 0}, ValueError, "steps"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    config: Config, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        main(replace(config, **changes))  # type: ignore[arg-type]
+    assert not config.folder.exists()
+
+
+@pytest.mark.slow
+def test_the_defaults_learn(tmp_path: Path) -> None:
+    config = Config(folder=tmp_path, device="cpu")
+    main(config)
+    last = [row for row in read_metrics(config) if "validation_bits_per_byte" in row][-1]
+    assert last["validation_bits_per_byte"] < 2.4

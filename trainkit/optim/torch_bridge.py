@@ -1,0 +1,517 @@
+"""The bridge to ``torch.optim``: any optimizer class as a transformation, any transformation as an optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from trainkit import tree
+from trainkit.optim.torch_kernels import in_order, population_safe
+from trainkit.optim.transform import REPORT, Transform, optimizer, reports
+from trainkit.types import OptState, Params, Schedule
+
+# -- an optimizer class as a transformation ------------------------------------------------------------------------
+
+
+def from_torch(cls: type[Optimizer], **kwargs: Any) -> Transform:
+    """Any ``torch.optim.Optimizer`` class, torch's or other people's, as a transformation.
+
+    ``from_torch(cls, **kwargs)`` updates as ``cls(params, **kwargs)`` does. The object's memory becomes the optimizer
+    state: tensors as they are, Python numbers (counters of steps) as 0-d tensors, also those that the object keeps in
+    its parameter group. What is in it is found out by two trial steps on copies; in the first real step the object
+    makes its memory itself, out of whatever it makes it from.
+
+    Handing the memory over costs some microseconds per parameter and step; the object's own step is the rest. It runs
+    outside of graphs: in a compiled step use ``strategy="split"``, where the loss is compiled and this is not.
+    Random numbers that the object draws come from the global generator.
+
+    Args:
+        cls: a class whose objects update their parameters in ``step()``, without closure, in one parameter group.
+        kwargs: for its constructor. ``lr`` may also be a schedule of the count; it is then set before every step.
+
+    Returns: a transformation with the state ``count``, ``memory`` (one tree per entry of the object's state), ``group``
+    (what changes in its parameter group) and the learning rate as a report.
+
+    Raises:
+        TypeError: ``cls`` is no optimizer class.
+        ValueError: it needs a closure; or, from ``init``, it keeps memory where it cannot be carried: in attributes,
+            under keys that are no parameters, as values that are neither numbers nor tensors, or of changing shape.
+
+    Example:
+        >>> w = tree.frozen({"w": torch.tensor([1.0])})
+        >>> tx = from_torch(torch.optim.Rprop, lr=0.25)
+        >>> tx.apply(w, tx.init(w), w)[0]["w"]
+        tensor([0.7500])
+
+    Source: the calling convention of torch.optim (torch 2.13).
+    """
+    _check_class(cls)
+    factory = _Factory(cls, kwargs)
+    lifted: dict[Any, _Lifted] = {}
+
+    def lift(params: Params) -> _Lifted:
+        key = tuple((name, p.shape, p.dtype, p.device) for name, p in _named(params))
+        if key not in lifted:
+            lifted[key] = _Lifted.of(factory, params)
+        return lifted[key]
+
+    def init(params: Params) -> OptState:
+        return lift(params).first_state() if len(params) else tree.frozen()
+
+    def run(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        return lift(params).step(factory, grads, opt_state, params)
+
+    run_safely = population_safe(run)
+
+    def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
+        return run_safely(grads, opt_state, params) if len(params) else (params, opt_state)
+
+    reason = f"from_torch({cls.__name__}) runs a Python object; compile with strategy='split', or use 'eager'"
+    return optimizer(init, torch.compiler.disable(apply, reason=reason))
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """Makes objects of the class and knows their learning rate."""
+
+    cls: type[Optimizer]
+    kwargs: dict[str, Any]
+
+    def rate(self, count: int) -> float | None:
+        """The learning rate to set before a step; None where the object has its own."""
+        given = self.kwargs.get("lr")
+        return float(given(torch.tensor(count))) if callable(given) else None
+
+    def __call__(self, tensors: Sequence[Tensor], count: int) -> Optimizer:
+        rate = self.rate(count)
+        kwargs = self.kwargs if rate is None else {**self.kwargs, "lr": rate}
+        made = self.cls([nn.Parameter(t) for t in tensors], **kwargs)
+        if len(made.param_groups) != 1:
+            raise ValueError(
+                f"cls: {self.cls.__name__} splits its parameters into {len(made.param_groups)} groups, expected one; "
+                "lift an optimizer for each part and join them with trainkit.optim.partition"
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What one value in an object's memory is: its type and, of tensors, the form."""
+
+    kind: type
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @staticmethod
+    def of(value: Any, place: str) -> _Value:
+        if isinstance(value, Tensor):
+            return _Value(Tensor, tuple(value.shape), value.dtype, value.device)
+        if value is None or type(value) in _NUMBERS:
+            return _Value(type(value), dtype=_NUMBERS.get(type(value)))
+        raise ValueError(f"cls: {place} holds {type(value).__name__}, expected tensors, numbers or None as memory")
+
+    def first(self) -> Tensor:
+        # Numbers stay on the CPU: the object wants them as numbers again, and asking an accelerator would wait for it.
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device or "cpu")
+
+    def given_back(self, stored: Tensor) -> Any:
+        return stored if self.kind is Tensor else self.kind(stored.item())
+
+    def stored(self, value: Any, old: Tensor, foreign: set[int]) -> Tensor:
+        """The value as a tensor of the state: ``old`` overwritten, or what the object made in its place."""
+        if self.kind is not Tensor:
+            return old.fill_(value)
+        if value is old:
+            return old
+        if _Value.of(value, "") != self:
+            raise ValueError(f"cls: a value of {self} in its memory became {tuple(value.shape)} of {value.dtype}")
+        # The parameter or the gradient itself, remembered without a copy, would be overwritten by others.
+        return value.detach().clone() if _storage(value) in foreign else value.detach()
+
+
+_NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
+
+_Memory = dict[str, dict[str, Any]]
+"""Values by their path in the state of a parameter, then by the name of the parameter."""
+
+
+@dataclass(frozen=True)
+class _Lifted:
+    """An object of the class, empty, with the layout of its memory for one set of parameters.
+
+    Args:
+        scratch: takes the steps; holds no memory in between.
+        paths: for each parameter the paths in its state, and how they make up that state.
+        memory: what is found there.
+        group: entries of the parameter group that change.
+    """
+
+    scratch: Optimizer
+    paths: dict[str, tuple[list[str], pytree.TreeSpec]]
+    memory: dict[str, dict[str, _Value]]
+    group: dict[str, _Value]
+
+    @staticmethod
+    def of(factory: _Factory, params: Params) -> _Lifted:
+        """Find the layout by two steps on copies, of which the second must not change it."""
+        scratch = factory([t.detach().clone() for t in tree.leaves(params)], 0)
+        attributes, group = _numbers_in(vars(scratch)), _numbers_in(scratch.param_groups[0])
+        names = [name for name, _ in _named(params)]
+        memory, paths = _after_trial_step(scratch, names)
+        if (memory, paths) != _after_trial_step(scratch, names):
+            raise ValueError(
+                f"cls: the memory of {factory.cls.__name__} (entries {sorted(memory)}) changes its structure between the "
+                "first and the second step; expected one that keeps its entries, their types and their shapes"
+            )
+        moved = _changed(attributes, _numbers_in(vars(scratch)))
+        if moved:
+            raise ValueError(
+                f"cls: {factory.cls.__name__} changes its attributes {sorted(moved)} in a step, where they cannot be "
+                "carried; expected memory in self.state[parameter] or in the parameter group"
+            )
+        turned = _changed(group, _numbers_in(scratch.param_groups[0]))
+        if factory.rate(0) is not None:
+            turned.pop("lr", None)
+        lifted = _Lifted(scratch, paths, memory, {key: _Value.of(v, key) for key, v in turned.items()})
+        lifted.empty()
+        return lifted
+
+    def first_state(self) -> OptState:
+        """A state of the right form for before the first step; the object fills it in the first."""
+        return tree.frozen(
+            {
+                "count": torch.zeros((), dtype=torch.int64),
+                "memory": {path: {name: v.first() for name, v in of.items()} for path, of in self._kept().items()},
+                "group": {key: value.first() for key, value in self.group.items()},
+                REPORT: {"learning_rate": torch.zeros((), dtype=torch.float32)},
+            }
+        )
+
+    def step(self, factory: _Factory, grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
+        """One step of the object with the given parameters and memory."""
+        count, reported = tree.writable([opt_state["count"], opt_state[REPORT]["learning_rate"]])
+        before = int(count)
+        new = tree.writable(tree.leaves(params))
+        # Copies as well: many optimizers add weight decay to the gradient in place.
+        given = [g.to(p.dtype) for g, p in zip(tree.writable(in_order(grads, params)), new, strict=True)]
+        old = {path: _writable(tensors) for path, tensors in opt_state["memory"].items()}
+        old_group = _writable(opt_state["group"])
+        if before:
+            stepper = self.scratch
+            self.fill(new, old, old_group)
+        else:
+            stepper = factory(new, 0)
+        group = stepper.param_groups[0]
+        rate = factory.rate(before)
+        if rate is not None:
+            group["lr"] = rate
+        _take_step(stepper, given)
+        _write_back(new, stepper)
+        memory, _ = _read(stepper, list(self.paths))
+        foreign = {_storage(t) for t in (*new, *given)}
+        entries = {
+            path: tree.like(
+                opt_state["memory"][path],
+                [value.stored(memory[path][name], old[path][name], foreign) for name, value in of.items()],
+            )
+            for path, of in self._kept().items()
+        }
+        after_group = [value.stored(group[key], old_group[key], foreign) for key, value in self.group.items()]
+        reported.fill_(float(group.get("lr", torch.nan)))
+        self.empty()
+        return tree.like(params, new), tree.frozen(
+            {
+                "count": count.add_(1),
+                "memory": entries,
+                "group": tree.like(opt_state["group"], after_group),
+                REPORT: {"learning_rate": reported},
+            }
+        )
+
+    def fill(self, params: list[Tensor], memory: _Memory, group: dict[str, Tensor]) -> None:
+        """Give the object its parameters and its memory."""
+        own = _parameters(self.scratch)
+        for p, t, (name, (paths, spec)) in zip(own, params, self.paths.items(), strict=True):
+            p.data = t
+            kept = self.memory
+            values = [
+                kept[path][name].given_back(memory[path][name]) if name in memory.get(path, ()) else None
+                for path in paths
+            ]
+            self.scratch.state[p] = pytree.tree_unflatten(values, spec)
+        self.scratch.param_groups[0].update({key: v.given_back(group[key]) for key, v in self.group.items()})
+
+    def empty(self) -> None:
+        """Let go of all tensors."""
+        self.scratch.state.clear()
+        for p in _parameters(self.scratch):
+            p.grad = None
+            p.data = p.data.new_empty(0)
+
+    def _kept(self) -> dict[str, dict[str, _Value]]:
+        """The layout without what is None, which needs no tensor."""
+        return {
+            path: {name: value for name, value in of.items() if value.kind is not type(None)}
+            for path, of in self.memory.items()
+        }
+
+
+def _after_trial_step(scratch: Optimizer, names: list[str]) -> tuple[dict[str, dict[str, _Value]], Any]:
+    _take_step(scratch, [torch.ones_like(p) for p in _parameters(scratch)])
+    memory, paths = _read(scratch, names)
+    layout = {
+        path: {name: _Value.of(value, f"state[{path!r}]") for name, value in of.items()} for path, of in memory.items()
+    }
+    return layout, paths
+
+
+def _take_step(stepper: Optimizer, grads: list[Tensor]) -> None:
+    for p, g in zip(_parameters(stepper), grads, strict=True):
+        p.grad = g
+    with torch.enable_grad():
+        stepper.step()
+
+
+def _read(stepper: Optimizer, names: list[str]) -> tuple[_Memory, dict[str, tuple[list[str], pytree.TreeSpec]]]:
+    """The memory of an object, and for each parameter the paths in its state."""
+    own = _parameters(stepper)
+    strangers = [key for key in stepper.state if not any(key is p for p in own)]
+    if strangers:
+        raise ValueError(
+            f"cls: {type(stepper).__name__} keeps memory under {strangers}, expected only under its parameters"
+        )
+    memory: _Memory = {}
+    paths: dict[str, tuple[list[str], pytree.TreeSpec]] = {}
+    for name, p in zip(names, own, strict=True):
+        found, spec = pytree.tree_flatten_with_path(dict(stepper.state[p]) if p in stepper.state else {})
+        labels = ["/".join(_label(part) for part in path) for path, _ in found]
+        paths[name] = (labels, spec)
+        for label, (_, value) in zip(labels, found, strict=True):
+            memory.setdefault(label, {})[name] = value
+    return memory, paths
+
+
+def _label(part: Any) -> str:
+    return str(part.key if isinstance(part, pytree.MappingKey) else part.idx)
+
+
+def _write_back(tensors: list[Tensor], stepper: Optimizer) -> None:
+    """Into ``tensors``, where the object gave its parameters other memory than that."""
+    for t, p in zip(tensors, _parameters(stepper), strict=True):
+        if p.data_ptr() != t.data_ptr():
+            t.copy_(p.detach())
+
+
+def _parameters(stepper: Optimizer) -> list[Tensor]:
+    return list(stepper.param_groups[0]["params"])
+
+
+def _named(params: Params) -> list[tuple[str, Tensor]]:
+    return list(zip(map(str, params.keys()), tree.leaves(params), strict=True))
+
+
+def _writable(tensors: Any) -> dict[str, Tensor]:
+    return dict(zip(tensors.keys(), tree.writable(tree.leaves(tensors)), strict=True))
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _numbers_in(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that may be memory, copied: numbers and tensors, but no flags."""
+    found = {k: v for k, v in mapping.items() if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)}
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in after.items() if k not in before or bool(torch.as_tensor(before[k] != v).any())}
+
+
+def _check_class(cls: Any) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise TypeError(
+            f"cls: got {cls!r}, expected a subclass of torch.optim.Optimizer; give the class, not an object"
+        )
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"cls: {cls.__name__}.step needs a closure that computes the loss again, and a transformation is given the "
+            "gradient only; use the class itself in a loop of your own, or an optimizer of one gradient per step"
+        )
+
+
+# -- a transformation as an optimizer ------------------------------------------------------------------------------
+
+
+def as_torch(
+    transform: Transform | Callable[[Schedule], Transform],
+    params: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    lr: float | None = None,
+    unused: str = "error",
+) -> TransformOptimizer:
+    """A transformation as a ``torch.optim.Optimizer`` that updates a module's parameters in place.
+
+    The learning rate belongs either to the transformation or to torch:
+
+    - a transformation has its own, a number or a schedule. ``param_groups[0]["lr"]`` then only shows it, and a
+      ``torch.optim.lr_scheduler`` is refused.
+    - a function that makes a transformation out of a schedule, such as ``adamw`` itself, gets one that reads
+      ``param_groups[0]["lr"]`` in every step. Give the first value as ``lr``; schedulers and assignments act.
+
+    Args:
+        transform: a transformation, or a function from a schedule to one.
+        params: a module, its ``named_parameters()``, or tensors (named "0", "1", ...). Those without
+            ``requires_grad`` are left out. One parameter group; for several, join transformations with ``partition``.
+        lr: the first learning rate, for a function only.
+        unused: what a parameter without ``.grad`` in a step means: "error", or "zero" for a gradient of zeros. (torch's
+            own optimizers skip it.)
+
+    Returns: an optimizer with ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict``.
+
+    Raises: ValueError for no parameters, an ``lr`` where it has no effect or is missing.
+
+    Example:
+        >>> from trainkit.optim import sgd
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> opt = as_torch(sgd, layer, lr=0.5)
+        >>> before = layer.weight.item()
+        >>> layer(torch.ones(1, 1)).sum().backward()
+        >>> opt.step()
+        >>> round(layer.weight.item() - before, 4)
+        -0.5
+
+    Source: the calling convention of torch.optim (torch 2.13).
+    """
+    return TransformOptimizer(transform, params, lr=lr, unused=unused)
+
+
+class TransformOptimizer(Optimizer):
+    """What :func:`as_torch` returns. ``opt_state`` is the transformation's state."""
+
+    opt_state: OptState
+
+    def __init__(
+        self,
+        transform: Transform | Callable[[Schedule], Transform],
+        params: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        lr: float | None = None,
+        unused: str = "error",
+    ) -> None:
+        if unused not in ("error", "zero"):
+            raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+        self._owns_rate = isinstance(transform, Transform)
+        if self._owns_rate and lr is not None:
+            raise ValueError(f"lr: got {lr}, but the transformation has its own rate; give the function that makes it")
+        if not self._owns_rate and lr is None:
+            raise ValueError("lr: missing; a function that makes a transformation needs the first learning rate")
+        self._named = _named_parameters(params)
+        self._unused = unused
+        super().__init__(list(self._named.values()), {"lr": torch.zeros(()) if self._owns_rate else lr})
+        self._transform = transform if isinstance(transform, Transform) else transform(self._rate)
+        with torch.no_grad():
+            self.opt_state = self._transform.init(self._tree())
+        self._show_rate()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The one group of the constructor. Raises: ValueError for a second."""
+        if self.param_groups:
+            raise ValueError("param_group: a transformation has one group; join several with trainkit.optim.partition")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters in place from their ``.grad``.
+
+        Args:
+            closure: computes the loss and the gradients; its result is handed to the transformation as ``loss``.
+
+        Raises: ValueError for parameters without gradient, or a learning rate set where it has no effect.
+        """
+        self._check_rate()
+        extra: dict[str, Any] = {}
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            extra["loss"] = torch.as_tensor(loss).detach()
+        grads, params = self._grads(), self._tree()
+        with tree.donate(params, self.opt_state):
+            new, self.opt_state = self._transform.apply(grads, self.opt_state, params, **extra)
+        for p, t in zip(self._named.values(), tree.leaves(new), strict=True):
+            if t.data_ptr() != p.data_ptr():
+                p.copy_(t)
+        self._show_rate()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch gives it, with the transformation's tensors under their paths."""
+        packed = super().state_dict()
+        packed["state"] = dict(self.opt_state.flatten_keys("/").items())
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a state of the same transformation over the own one.
+
+        Raises: ValueError for other paths or shapes, before anything changes.
+        """
+        own, given = dict(self.opt_state.flatten_keys("/").items()), state_dict["state"]
+        if own.keys() != given.keys():
+            different = sorted(own.keys() ^ given.keys())
+            raise ValueError(f"state_dict: entries {different[:5]} on one side only; is it another transformation's?")
+        wrong = [path for path, t in own.items() if t.shape != given[path].shape]
+        if wrong:
+            raise ValueError(f"state_dict: {wrong[:5]} have other shapes; is it another model's?")
+        for path, t in own.items():
+            t.copy_(given[path])
+        fixed = ("params", "lr") if self._owns_rate else ("params",)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key not in fixed})
+
+    def _rate(self, count: Tensor) -> Tensor:
+        return torch.as_tensor(self.param_groups[0]["lr"], dtype=torch.float64)
+
+    def _show_rate(self) -> None:
+        if self._owns_rate:
+            # The tensor itself, so that nobody waits for a device to show a number.
+            self.param_groups[0]["lr"] = reports(self.opt_state).get("learning_rate", torch.zeros(()))
+
+    def _check_rate(self) -> None:
+        group = self.param_groups[0]
+        if self._owns_rate and ("initial_lr" in group or not isinstance(group["lr"], Tensor)):
+            raise ValueError(
+                'lr: a scheduler or an assignment changed param_groups[0]["lr"], but the transformation has its own '
+                "rate; give as_torch the function that makes it, as in as_torch(adamw, model, lr=1e-3)"
+            )
+
+    def _tree(self) -> Params:
+        return tree.frozen({name: p.detach() for name, p in self._named.items()})
+
+    def _grads(self) -> Params:
+        missing = [name for name, p in self._named.items() if p.grad is None]
+        if missing and self._unused == "error":
+            raise ValueError(
+                f"params: no gradient on {', '.join(missing)}. Freeze them (requires_grad=False), use them in the loss, "
+                "or pass unused='zero'"
+            )
+        return tree.frozen({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._named.items()})
+
+
+def _named_parameters(params: Any) -> dict[str, Tensor]:
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    found = [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(params)]
+    named = {name: p for name, p in found if p.requires_grad}
+    if not named:
+        raise ValueError(f"params: none of {len(found)} tensors is trainable; expected at least one with requires_grad")
+    return named
