@@ -85,11 +85,9 @@ def host_step(state: TrainState) -> int:
 
 def advance(state: TrainState, **changes: Any) -> TrainState:
     """The state after one more update: ``step + 1`` and the changed fields."""
-    if torch.compiler.is_compiling():
-        return state.replace(step=state.step + 1, **changes)
-    (step,) = tree.writable([state.step])
-    new = state.replace(step=step.add_(1), **changes)
-    remember_step(state, new)
+    new = state.replace(step=tree.incremented(state.step), **changes)
+    if not torch.compiler.is_compiling():
+        remember_step(state, new)
     return new
 
 

@@ -227,6 +227,14 @@ def assign(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
     return tree
 
 
+def incremented(count: Tensor) -> Tensor:
+    """``count + 1``, written over ``count`` where that is donated."""
+    if torch.compiler.is_compiling():
+        return count + 1
+    (new,) = writable([count])
+    return new.add_(1)
+
+
 def _references(tensors: Iterable[Tensor]) -> list[tuple[int, weakref.ref[Tensor]]]:
     return [(id(t), weakref.ref(t)) for t in tensors]
 

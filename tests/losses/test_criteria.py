@@ -177,7 +177,7 @@ def test_gradients_pass_finite_differences(case: Case) -> None:
 
 @_ids(CASES)
 def test_the_whole_is_the_sum_of_any_parts(case: Case) -> None:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 2**31))
     def check(sizes: list[int], seed: int) -> None:
         arguments = _made(case, sum(sizes), seed)

@@ -229,8 +229,8 @@ def linear_cross_entropy(
     ``head_weight``; the backward pass only scales them. Memory beyond the gradients is a few times ``chunk_size`` V
     numbers. Sums over chunks are kept in float32 or wider. It can be differentiated once.
 
-    Under ``torch.func`` (per-example gradients) it is the plain formula: there each row has a gradient of the head of its
-    own, which is larger than the row's logits.
+    Under ``torch.func`` (per-example gradients) it is the plain formula: each row has a gradient of the head of its own
+    there, which is larger than the row's logits.
 
     Args:
         hidden: [..., D], floating. Under autocast it is taken to autocast's dtype, as a linear layer would.

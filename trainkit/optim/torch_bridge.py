@@ -63,18 +63,22 @@ def from_torch(cls: type[Optimizer], **kwargs: Any) -> Transform:
         return lifted[key]
 
     def init(params: Params) -> OptState:
-        return lift(params).first_state() if len(params) else tree.frozen()
+        return lift(params).first_state() if tree.leaves(params) else tree.frozen()
 
     def run(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
         return lift(params).step(factory, grads, opt_state, params)
 
-    run_safely = population_safe(run)
+    reason = f"from_torch({cls.__name__}) runs a Python object; compile with strategy='split', or use 'eager'"
+    # Inside of `apply`, since compiling a disabled function itself would enable it again.
+    beside_graphs = torch.compiler.disable(population_safe(run), reason=reason)  # type: ignore[no-untyped-call]
 
     def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
-        return run_safely(grads, opt_state, params) if len(params) else (params, opt_state)
+        if not tree.leaves(params):
+            return params, opt_state
+        new, after = beside_graphs(grads, opt_state, params)
+        return new, after
 
-    reason = f"from_torch({cls.__name__}) runs a Python object; compile with strategy='split', or use 'eager'"
-    return optimizer(init, torch.compiler.disable(apply, reason=reason))
+    return optimizer(init, apply)
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,13 @@ class _Value:
         """The value as a tensor of the state: ``old`` overwritten, or what the object made in its place."""
         if self.kind is not Tensor:
             return old.fill_(value)
-        if value is old:
+        made: Tensor = value
+        if made is old:
             return old
-        if _Value.of(value, "") != self:
-            raise ValueError(f"cls: a value of {self} in its memory became {tuple(value.shape)} of {value.dtype}")
+        if _Value.of(made, "memory") != self:
+            raise ValueError(f"cls: a value of {self} in its memory became {tuple(made.shape)} of {made.dtype}")
         # The parameter or the gradient itself, remembered without a copy, would be overwritten by others.
-        return value.detach().clone() if _storage(value) in foreign else value.detach()
+        return made.detach().clone() if _storage(made) in foreign else made.detach()
 
 
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
@@ -168,8 +173,8 @@ class _Lifted:
         memory, paths = _after_trial_step(scratch, names)
         if (memory, paths) != _after_trial_step(scratch, names):
             raise ValueError(
-                f"cls: the memory of {factory.cls.__name__} (entries {sorted(memory)}) changes its structure between the "
-                "first and the second step; expected one that keeps its entries, their types and their shapes"
+                f"cls: the memory of {factory.cls.__name__} (entries {sorted(memory)}) changes its structure between "
+                "the first and the second step; expected one that keeps its entries, their types and their shapes"
             )
         moved = _changed(attributes, _numbers_in(vars(scratch)))
         if moved:
@@ -501,8 +506,8 @@ class TransformOptimizer(Optimizer):
         missing = [name for name, p in self._named.items() if p.grad is None]
         if missing and self._unused == "error":
             raise ValueError(
-                f"params: no gradient on {', '.join(missing)}. Freeze them (requires_grad=False), use them in the loss, "
-                "or pass unused='zero'"
+                f"params: no gradient on {', '.join(missing)}. Freeze them (requires_grad=False), use them in the "
+                "loss, or pass unused='zero'"
             )
         return tree.frozen({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._named.items()})
 
