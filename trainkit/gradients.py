@@ -28,7 +28,8 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         loss: ``(params, buffers, batch) -> LossOutput``.
         rank: this process' place among the data-parallel ones, so that each draws its own dropout.
         unused: what a parameter without gradient means: "error", or "zero" for models that use parts by turns.
-        scale: multiplies the loss before the backward pass; the gradients are divided by it afterwards.
+        scale: multiplies the mean loss (``loss_sum / weight``) before the backward pass, so that a scale fits batches of any
+            weight; the gradients are divided by the same number afterwards.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -55,12 +56,13 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         attached = tree.like(state.params, inputs)
         with _draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
-            top = out.loss_sum if scale is None else out.loss_sum * scale(state)
+            factor = None if scale is None else _mean_scale(scale(state), out)
+            top = out.loss_sum if factor is None else out.loss_sum * factor
             _check_attached(top)
             found = torch.autograd.grad(top, inputs, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
-        if scale is not None:
-            grads = list(torch._foreach_div(grads, scale(state)))
+        if factor is not None:
+            grads = list(torch._foreach_div(grads, factor))
         tree.release(grads)
         return finished(state, out, dict(zip(names, grads, strict=True)))
 
@@ -188,6 +190,11 @@ def weight_of(out: LossOutput) -> Tensor:
     if isinstance(out.weight, Tensor):
         return out.weight.detach().to(out.loss_sum.device, torch.float32)
     return torch.full((), float(out.weight), device=out.loss_sum.device)
+
+
+def _mean_scale(scale: Tensor, out: LossOutput) -> Tensor:
+    weight = weight_of(out)
+    return scale / torch.where(weight > 0, weight, 1.0)
 
 
 def _draws_of(state: TrainState, rank: int) -> Any:

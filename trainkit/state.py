@@ -74,11 +74,11 @@ def host_step(state: TrainState) -> int:
     """``state.step`` as a Python integer.
 
     Waits for the device the first time; states made by :func:`advance` remember the number, so that a loop
-    on an accelerator never waits.
+    on an accelerator never waits. Of a population it is that of the furthest member.
     """
     cached = state.__dict__.get("_host_step")
     if cached is None:
-        cached = int(state.step)
+        cached = int(state.step.max())
         state.__dict__["_host_step"] = cached
     return int(cached)
 
@@ -101,13 +101,16 @@ def remember_step(before: TrainState, after: TrainState, updates: int = 1) -> No
 def seed_of(state: TrainState, rank: int = 0) -> int:
     """The seed of the random draws of one gradient: ``fold_in(key, step, rank)``, as a Python integer.
 
+    The keys of a population are folded into one another.
+
     Example:
         >>> from trainkit.optim import sgd
         >>> state = init_state(nn.Linear(2, 1), sgd(0.1), seed=3)
         >>> seed_of(state) == int(rng.fold_in(state.key, state.step, 0))
         True
     """
-    return rng.fold_in_host(int(state.key), host_step(state), rank)
+    key, *others = state.key.reshape(-1).tolist()
+    return rng.fold_in_host(key, *others, host_step(state), rank)
 
 
 def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: bool = True) -> TrainState:

@@ -214,13 +214,25 @@ def writable(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t if (ref := owned.get(id(t))) is not None and ref() is t else _own_copy(owned, t) for t in tensors]
 
 
+def is_donated(tensors: Iterable[Tensor]) -> bool:
+    """Whether :func:`writable` would hand out all of these tensors themselves.
+
+    Example:
+        >>> w = torch.zeros(1)
+        >>> with donate(w):
+        ...     print(is_donated([w]), is_donated([torch.zeros(1)]))
+        True False
+    """
+    owned = None if torch.compiler.is_compiling() else _donated.get()
+    return owned is not None and all(_is_owned(owned, t) for t in tensors)
+
+
 def assign(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
     """A flat tree with new values: written over the old ones where those are donated, else a new tree.
 
     For small values (counters, reports): where the values are large, compute in :func:`writable` tensors instead.
     """
-    owned = None if torch.compiler.is_compiling() else _donated.get()
-    if owned is None or not all(_is_owned(owned, old) for old in tree.values()):
+    if not is_donated(leaves(tree)):
         return like(tree, tensors)
     for old, new in zip(tree.values(), tensors, strict=True):
         old.copy_(new)

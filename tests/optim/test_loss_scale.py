@@ -109,7 +109,7 @@ def test_the_scale_is_found_wherever_it_stands(wrap: object) -> None:
 
 
 def test_a_state_without_scale_says_what_to_do() -> None:
-    with pytest.raises(KeyError, match="no loss scale among its reports .*wrap the optimizer in dynamic_loss_scale"):
+    with pytest.raises(KeyError, match=r"no loss scale among its reports .*wrap the optimizer in dynamic_loss_scale"):
         current_loss_scale(init_state(nn.Linear(2, 1), sgd(0.1)))
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils import _pytree as pytree
 
 from trainkit import optim, tree
@@ -621,6 +623,33 @@ def test_under_vmap_equals_one_by_one(row: Row, compiled: bool) -> None:
         # Muon's iteration rounds to bfloat16, and matrices in a batch are multiplied in another order.
         tolerance = (1e-2, 1e-2) if row.id == "muon" else (1e-10, 1e-12)
         assert_close(tree.frozen({name: t[i] for name, t in found.items()}), tree.frozen(expected), *tolerance)
+
+
+# -- sharded -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    # One process is enough to need a sharding rule for every operation.
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@every_optimizer
+def test_sharded_tensors_equal_whole_ones(row: Row, mesh: DeviceMesh) -> None:
+    def sharded(whole: Params) -> Params:
+        return tree.map_tensors(lambda t: distribute_tensor(t, mesh, [Shard(0) if t.dim() else Replicate()]), whole)
+
+    options = max(row.grid, key=len)
+    tx = row.make(schedule, **options)
+    params = random_tree(row, 0)
+    parts, opt_state, memory = sharded(params), tx.init(params), tx.init(sharded(params))
+    for step in range(3):
+        grads = random_tree(row, 100 + step)
+        params, opt_state = tx.apply(grads, opt_state, params)
+        parts, memory = tx.apply(sharded(grads), memory, parts)
+    assert_close(tree.map_tensors(lambda t: t.full_tensor(), parts), params)
 
 
 # -- bad arguments -------------------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ class CompiledStep:
         self._settled = False
         self._fallbacks: list[Fallback] = []
         self._graphs = self._compilations_of_failures = self._donated_bytes = 0
+        self._updates: int | None = None
         functools.update_wrapper(self, step, updated=())
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -228,8 +229,14 @@ class CompiledStep:
             _inherit(state, after, "_leaves", "_structure")
         else:
             after = pytree.tree_unflatten(new_leaves, structure)
-        remember_step(state, after)
+        remember_step(state, after, self._updates_per_call(state, after))
         return after, metrics
+
+    def _updates_per_call(self, state: TrainState, after: TrainState) -> int:
+        """How far one call advances ``step`` (several updates for ``scan``): asked of the device once."""
+        if self._updates is None:
+            self._updates = int(after.step) - host_step(state)
+        return self._updates
 
     # -- split ---------------------------------------------------------------------------------------------------
 
@@ -238,11 +245,12 @@ class CompiledStep:
 
     def _run_part(self, name: PartName, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        donated = name == "update" and self._donate
-        compiled = self._parts.get((name, fn, spec))
+        # A step that needs the old values after the new ones exist has closed the scope (``tree.keep``).
+        donated = name == "update" and tree.is_donated(tree.leaves(args[2]))
+        compiled = self._parts.get((name, fn, spec, donated))
         if compiled is None:
             text = _update_text(fn, spec) if donated else _part_text(fn, spec)
-            compiled = self._parts.setdefault((name, fn, spec), self._compiler.compile(text, fullgraph=False))
+            compiled = self._parts.setdefault((name, fn, spec, donated), self._compiler.compile(text, fullgraph=False))
         result = compiled(leaves)
         if donated:
             _, opt_state, params = args

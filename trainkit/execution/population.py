@@ -1,13 +1,14 @@
 """Populations: many runs of one step at once, as one state with a leading axis of members.
 
-For sweeps over seeds and first weights of small models, which alone leave a machine idle. A member is a whole
-:class:`~trainkit.TrainState`; a population is the same record with every tensor stacked, so it is saved, compiled and looped
-over like any other state.
+For sweeps over seeds and first weights of models so small that one alone leaves the machine idle. A member is a whole
+:class:`~trainkit.TrainState`; a population is the same record with every tensor stacked, so it is compiled, saved and
+looped over like any other state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,36 +16,38 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
-from trainkit.gradients import LossScale, checked, value_and_grad, weight_of
+from trainkit.gradients import LossScale, checked, finished, weight_of
+from trainkit.optim.torch_kernels import under_vmap
 from trainkit.parts import part, run_parts_with
 from trainkit.state import TrainState, remember_step, seed_of
-from trainkit.types import Batch, GradientFn, Gradients, LossFn, Metrics, StepFn
+from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput, Metrics, StepFn
 
 
 def over_population(step: StepFn, *, batch_dim: int | None = None, rank: int = 0) -> StepFn:
     """One step of every member of a population.
 
-    ``unstack_states(over_population(step)(stack_states(states), batch)[0])`` is ``[step(s, batch)[0] for s in states]``, by
-    ``torch.vmap``. Metrics hold one number per member.
+    ``unstack_states(over_population(step)(stack_states(states), batch)[0])`` is ``[step(s, batch)[0] for s in
+    states]``, by ``torch.vmap``. Metrics hold one number per member.
 
-    The step must take its gradient with :func:`member_value_and_grad`, because ``torch.autograd.grad`` cannot run under
-    ``vmap``. What ``vmap`` cannot batch, such as ``F.scaled_dot_product_attention``, runs member by member, and torch says
-    so in a warning; fold the members into the batch or write attention as products where that is too slow.
+    The step has to take its gradients with :func:`member_value_and_grad`, since ``torch.autograd.grad`` does not work
+    under ``vmap``. What ``vmap`` cannot batch, such as ``F.scaled_dot_product_attention``, runs member by member, and
+    torch warns about it; where that is too slow, fold the members into the batch, or write attention as products.
 
-    Random draws (dropout) differ between members and are a function of all members' keys and the step: the same
-    population gives the same numbers again, but a member does not draw the masks that it would draw alone.
+    Random draws (dropout) differ between members. They are a function of all keys and of the step, so the same
+    population gives the same numbers again; but a member does not draw what it would draw alone.
 
-    Outside of a graph torch's fused optimizers run member by member, and donation frees nothing. Compiled as a whole, a
-    population is one graph in the memory of the state it is given.
+    Outside of a graph torch's fused optimizers run member by member, and donation saves no memory. Compiled as a whole,
+    a population is one graph that works in the memory of the state it is given.
 
     Args:
         step: any pure StepFn on one state.
-        batch_dim: None gives every member the same batch; a number is the axis of the members in the batch's tensors.
-        rank: this process' place among the data-parallel ones.
+        batch_dim: None gives every member the same batch; a number is the axis of members in the batch's tensors.
+        rank: this process' place among the data-parallel ones, so that each draws its own dropout.
 
     Returns: a StepFn on stacked states.
 
-    Raises: ValueError, when called, for a state that is not stacked, or a step whose gradient cannot run under ``vmap``.
+    Raises: ValueError, when called, for a state that is not stacked, or a step whose gradient cannot run under
+        ``vmap``.
 
     Example:
         >>> from trainkit import LossOutput, init_state, make_train_step
@@ -65,25 +68,166 @@ def over_population(step: StepFn, *, batch_dim: int | None = None, rank: int = 0
             after, metrics = step(pytree.tree_unflatten(leaves, structure), batch)
             return pytree.tree_leaves(after), metrics
 
-        return torch.vmap(one, in_dims=(0, batch_dim), randomness="different")(leaves, batch)  # type: ignore[no-any-return]
-
-    def run(leaves: list[Tensor], structure: Any, batch: Batch) -> tuple[list[Tensor], Metrics]:
-        if torch.compiler.is_compiling():
-            return members(leaves, structure, batch)
-        # A part that is compiled apart cannot be called under vmap.
-        with run_parts_with(lambda name, fn: fn):
-            return members(leaves, structure, batch)
+        found: tuple[list[Tensor], Metrics] = torch.vmap(one, (0, batch_dim), randomness="different")(leaves, batch)
+        return found
 
     def population(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_stacked(state)
         leaves, structure = pytree.tree_flatten(state)
         if torch.compiler.is_compiling():
-            new, metrics = run(leaves, structure, batch)
+            new, metrics = members(leaves, structure, batch)
             return pytree.tree_unflatten(new, structure), metrics
-        with rng.seeded(seed_of(state, rank), state.step.device), _explained():
-            new, metrics = part("loss", run)(leaves, structure, batch)
+        whole = part("loss", members)
+        # Parts compiled apart cannot be called from inside of vmap: the population is one part.
+        with rng.seeded(seed_of(state, rank), state.step.device), run_parts_with(lambda name, fn: fn), _explained():
+            new, metrics = whole(leaves, structure, batch)
         after: TrainState = pytree.tree_unflatten(new, structure)
         remember_step(state, after)
         return after, metrics
 
     return population
+
+
+def member_value_and_grad(
+    loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None
+) -> GradientFn:
+    """The gradient of one member of a population: :func:`trainkit.value_and_grad` by ``torch.func.grad``.
+
+    Give it to a step for :func:`over_population`: ``make_train_step(loss, tx, gradients=member_value_and_grad)``. It
+    takes less than ``value_and_grad``: no activation checkpointing, and autograd functions need ``setup_context``.
+
+    Args:
+        loss: ``(params, buffers, batch) -> LossOutput``.
+        rank: as for ``value_and_grad``, for a state alone; :func:`over_population` seeds the draws of all members.
+        unused: as for ``value_and_grad``. Inside a graph a parameter that the loss does not use cannot be told from one
+            whose gradient is zero, and "error" finds it outside only.
+        scale: as for ``value_and_grad``.
+
+    Returns: a function ``(state, batch) -> Gradients``; pure.
+
+    Raises (when called): as ``value_and_grad``.
+
+    Example:
+        >>> from trainkit import LossOutput, init_state
+        >>> from trainkit.optim import sgd
+        >>> loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), x.shape[0])
+        >>> state = init_state(torch.nn.Linear(2, 1, bias=False), sgd(0.1))
+        >>> member_value_and_grad(loss)(state, torch.ones(3, 2)).grads["weight"]
+        tensor([[3., 3.]])
+    """
+    if unused not in ("error", "zero"):
+        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+
+    def gradients(state: TrainState, batch: Batch) -> Gradients:
+        names = list(tree.named(state.params))
+
+        def top(params: list[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+            out = checked(loss(tree.like(state.params, params), state.buffers, batch))
+            if unused == "error" and not torch.compiler.is_compiling():
+                _check_used(out.loss_sum, names, params)
+            scaled = out.loss_sum if scale is None else out.loss_sum * scale(state)
+            # TensorDicts do not pass through, their tensors do.
+            buffers = state.buffers if out.buffers is None else out.buffers
+            return scaled, (out.loss_sum, weight_of(out), dict(out.metrics), tree.leaves(buffers))
+
+        with _draws_of(state, rank):
+            grads, (loss_sum, weight, metrics, buffers) = torch.func.grad(top, has_aux=True)(tree.leaves(state.params))
+        if scale is not None:
+            grads = [g / scale(state) for g in grads]
+        out = LossOutput(loss_sum, weight, metrics, tree.like(state.buffers, buffers))
+        return finished(state, out, dict(zip(names, grads, strict=True)))
+
+    return gradients
+
+
+def stack_states(states: Sequence[TrainState]) -> TrainState:
+    """One state whose tensors are those of ``states``, stacked along a new first axis; it shares no memory with them.
+
+    Args:
+        states: at least one, of the same model and optimizer.
+
+    Raises: ValueError for no state, or states that differ in structure, shapes or dtypes.
+
+    Example:
+        >>> from trainkit import init_state
+        >>> from trainkit.optim import sgd
+        >>> states = [init_state(torch.nn.Linear(2, 1), sgd(0.1), seed=seed) for seed in (3, 4)]
+        >>> stack_states(states).key
+        tensor([3, 4])
+    """
+    if not states:
+        raise ValueError("states: none came, expected at least one")
+    first, structure = pytree.tree_flatten(states[0])
+    columns = [first]
+    for i, state in enumerate(states[1:], start=1):
+        leaves, own = pytree.tree_flatten(state)
+        kinds = [(t.shape, t.dtype) for t in leaves]
+        if own != structure or kinds != [(t.shape, t.dtype) for t in first]:
+            raise ValueError(
+                f"states: number {i} differs from number 0 in its names, shapes or dtypes; expected equal ones"
+            )
+        columns.append(leaves)
+    stacked: TrainState = pytree.tree_unflatten([torch.stack(row) for row in zip(*columns, strict=True)], structure)
+    return stacked
+
+
+def unstack_states(state: TrainState) -> list[TrainState]:
+    """The members of a population, each a state of its own that shares no memory with it.
+
+    Raises: ValueError for a state that is not stacked.
+
+    Example:
+        >>> from trainkit import init_state
+        >>> from trainkit.optim import sgd
+        >>> states = [init_state(torch.nn.Linear(2, 1), sgd(0.1), seed=seed) for seed in (3, 4)]
+        >>> [int(state.key) for state in unstack_states(stack_states(states))]
+        [3, 4]
+    """
+    _check_stacked(state)
+    leaves, structure = pytree.tree_flatten(state)
+    members = range(len(state.step))
+    return [pytree.tree_unflatten([t[i].clone() for t in leaves], structure) for i in members]
+
+
+def _draws_of(state: TrainState, rank: int) -> AbstractContextManager[None]:
+    # Under vmap a key has no value to seed with, and a graph cannot seed: there the caller does.
+    if torch.compiler.is_compiling() or under_vmap():
+        return nullcontext()
+    return rng.seeded(seed_of(state, rank), state.step.device)
+
+
+def _check_stacked(state: TrainState) -> None:
+    if state.step.dim() != 1:
+        raise ValueError(
+            f"state: its step has shape {tuple(state.step.shape)}, expected (members,); make a population of single "
+            "states with stack_states"
+        )
+
+
+def _check_used(loss_sum: Tensor, names: list[str], params: list[Tensor]) -> None:
+    reached, pending = set(), [loss_sum.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in reached:
+            reached.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+    ends = [torch.autograd.graph.get_gradient_edge(p).node for p in params]
+    missing = [name for name, end in zip(names, ends, strict=True) if end not in reached]
+    if missing:
+        raise ValueError(
+            f"params: no gradient reached {', '.join(missing)}. Freeze them (requires_grad=False before init_state), "
+            "use them in the loss, or pass unused='zero'"
+        )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "requires_grad_()" not in str(error):
+            raise
+        raise ValueError(
+            "step: it takes its gradient with torch.autograd.grad, which does not work under vmap; make it with "
+            "gradients=member_value_and_grad"
+        ) from error

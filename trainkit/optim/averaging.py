@@ -33,12 +33,17 @@ def average(mean: Params, params: Params, share: float | Tensor) -> Params:
     """
     old = tree.writable(tree.leaves(mean))
     new = [p.to(m.dtype) for m, p in zip(old, tree.leaves(params), strict=True)]
-    if isinstance(share, Tensor):
-        return tree.like(mean, [m.lerp_(p, share.to(m.dtype)) for m, p in zip(old, new, strict=True)])
     if not tree.has_foreach():
-        return tree.like(mean, [torch.lerp(m, p, share) for m, p in zip(old, new, strict=True)])
+        return tree.like(mean, [torch.lerp(m, p, _as_dtype(share, m)) for m, p in zip(old, new, strict=True)])
+    if isinstance(share, Tensor):
+        # The kernel for lists would ask the device for the number.
+        return tree.like(mean, [m.lerp_(p, share.to(m.dtype)) for m, p in zip(old, new, strict=True)])
     torch._foreach_lerp_(old, new, share)
     return tree.like(mean, old)
+
+
+def _as_dtype(share: float | Tensor, mean: Tensor) -> Tensor:
+    return torch.as_tensor(share, dtype=mean.dtype, device=mean.device)
 
 
 def ema(decay: float, *, debias: bool = False, warmup: bool = False) -> Schedule:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from trainkit import tree
-from trainkit.optim.torch_kernels import in_order, population_safe
+from trainkit import rng, tree
+from trainkit.optim.torch_kernels import device_of, in_order, population_safe
 from trainkit.optim.transform import REPORT, Transform, optimizer, reports
 from trainkit.types import OptState, Params, Schedule
 
@@ -170,8 +170,9 @@ class _Lifted:
         scratch = factory([t.detach().clone() for t in tree.leaves(params)], 0)
         attributes, group = _numbers_in(vars(scratch)), _numbers_in(scratch.param_groups[0])
         names = [name for name, _ in _named(params)]
-        memory, paths = _after_trial_step(scratch, names)
-        if (memory, paths) != _after_trial_step(scratch, names):
+        with rng.seeded(0, device_of(params)):
+            (memory, paths), second = (_after_trial_step(scratch, names) for _ in range(2))
+        if (memory, paths) != second:
             raise ValueError(
                 f"cls: the memory of {factory.cls.__name__} (entries {sorted(memory)}) changes its structure between "
                 "the first and the second step; expected one that keeps its entries, their types and their shapes"
@@ -305,7 +306,8 @@ def _read(stepper: Optimizer, names: list[str]) -> tuple[_Memory, dict[str, tupl
 
 
 def _label(part: Any) -> str:
-    return str(part.key if isinstance(part, pytree.MappingKey) else part.idx)
+    """A key of a dictionary, a position in a list, or a field of a named tuple."""
+    return str(next(getattr(part, kind) for kind in ("key", "idx", "name") if hasattr(part, kind)))
 
 
 def _write_back(tensors: list[Tensor], stepper: Optimizer) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -172,17 +172,18 @@ def fused(
         learning_rate: number, or tensor on the device of the parameters.
         options: passed on.
     """
-    kinds = {(p.dtype, p.device) for p in params}
+    kinds = {(type(p), p.dtype, p.device) for p in params}
     strides = [p.stride() for p in params]
     if (
         torch.compiler.is_compiling()
-        or not all(dtype.is_floating_point and _has_kernel(op, device.type) for dtype, device in kinds)
+        or not all(dtype.is_floating_point and _has_kernel(op, of, device.type) for of, dtype, device in kinds)
         or any([t.stride() for t in column] != strides for column in columns if column)
     ):
         return False
-    for dtype, device in kinds:
-        chosen = [i for i, p in enumerate(params) if p.dtype == dtype and p.device == device]
-        whole = len(kinds) == 1
+    for kind in kinds:
+        _, _, device = kind
+        chosen = [i for i, p in enumerate(params) if len(kinds) == 1 or (type(p), p.dtype, p.device) == kind]
+        whole = len(chosen) == len(params)
         lists = [column if whole or not column else [column[i] for i in chosen] for column in (params, *columns)]
         counters = [] if step is None else [[step.to(device, torch.float32)] * len(chosen)]
         rate = learning_rate.to(device) if isinstance(learning_rate, Tensor) else learning_rate
@@ -286,9 +287,14 @@ def _is_capturable(device_type: str) -> bool:
 
 
 @cache
-def _has_kernel(op: Any, device_type: str) -> bool:
+def _has_kernel(op: Any, tensor_type: type, device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op.__name__}", key)
+    # Sharded tensors (DTensor) have rules for Adam only.
+    known = tensor_type in (Tensor, nn.Parameter) or op in _FUSED_WHEN_SHARDED
+    return key is not None and known and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op.__name__}", key)
+
+
+_FUSED_WHEN_SHARDED = (torch._fused_adam_, torch._fused_adamw_)
 
 
 # -- populations ---------------------------------------------------------------------------------------------------
