@@ -1,7 +1,6 @@
 """The loops that are compared: the same model, batch and arithmetic, written by hand and with trainkit.
 
-Arithmetic of all: mean cross-entropy, gradient clipped to norm 1, AdamW with weight decay 0.1 and a linear warm-up of
-the learning rate over 1000 steps; the loss is kept as a tensor.
+Arithmetic of all: mean cross-entropy, gradient clipped to norm 1, AdamW with weight decay 0.1; the loss stays a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from trainkit import LossOutput, functional, init_state, make_train_step
 from trainkit.execution import compile_step
 from trainkit.optim import adamw, chain, clip_by_global_norm
 
-RATE, WARMUP = 1e-3, 1000
+RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ def by_hand(size: str, *, compiled: bool, depth: int | None = None) -> Loop:
     """The usual loop with fused AdamW; ``compiled`` puts ``torch.compile`` on the model and its loss, as nanoGPT has it."""
     module, (x, y) = make_model(size, depth), make_batch(size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=0.1, fused=True)
-    count = 0
 
     def mean_loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(module(x).flatten(0, -2), y.flatten())
@@ -47,15 +45,11 @@ def by_hand(size: str, *, compiled: bool, depth: int | None = None) -> Loop:
     forward = torch.compile(mean_loss) if compiled else mean_loss
 
     def step() -> Tensor:
-        nonlocal count
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (count + 1) / WARMUP)
         loss = forward(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        count += 1
         return loss.detach()
 
     def persistent() -> list[Tensor]:
@@ -75,10 +69,7 @@ def with_trainkit(size: str, *, strategy: Any, depth: int | None = None) -> Loop
         total = F.cross_entropy(logits.flatten(0, -2), batch[1].flatten(), reduction="sum")
         return LossOutput(total, batch[1].numel(), buffers=buffers)
 
-    def rate(count: Tensor) -> Tensor:
-        return RATE * torch.clamp((count + 1) / WARMUP, max=1.0)
-
-    optimizer = chain(clip_by_global_norm(1.0), adamw(rate, weight_decay=0.1))
+    optimizer = chain(clip_by_global_norm(1.0), adamw(RATE, weight_decay=0.1))
     state = init_state(module, optimizer, copy=False)
     train = compile_step(make_train_step(loss, optimizer), strategy=strategy)
 

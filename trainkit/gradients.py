@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
 from trainkit.parts import part
-from trainkit.state import TrainState, seed_of
+from trainkit.state import TrainState, attached_params, seed_of
 from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput
 
 LossScale = Callable[[TrainState], Tensor]
@@ -51,9 +51,8 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
-        names = list(state.params.keys())
-        inputs = [t.detach().requires_grad_() for t in state.params.values()]
-        attached = tree.like(state.params, inputs)
+        attached = attached_params(state)
+        names, inputs = list(attached.keys()), tree.leaves(attached)
         with _draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
             factor = None if scale is None else _mean_scale(scale(state), out)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from trainkit import rng, tree
 from trainkit.execution import inductor
 from trainkit.parts import PartName, run_parts_with
-from trainkit.state import TrainState, remember_step, seed_of, spend
+from trainkit.state import TrainState, host_step, remember_step, seed_of, spend
 from trainkit.types import Batch, Metrics, StepFn
 
 Strategy = Literal["auto", "whole", "split", "eager"]
@@ -209,7 +209,7 @@ class CompiledStep:
         with tree.donate(owned=_ownership(state)):
             after, metrics = self._step(state, batch)
         if _same_trees(state, after):
-            _inherit(state, after, "_leaves", "_ownership")
+            _inherit(state, after, "_leaves", "_ownership", "_attached")
         return after, metrics
 
     # -- whole ---------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class CompiledStep:
     def _updates_per_call(self, state: TrainState, after: TrainState) -> int:
         """How far one call advances ``step`` (several updates for ``scan``): asked of the device once."""
         if self._updates is None:
-            self._updates = int(after.step) - host_step(state)
+            self._updates = int(after.step.max()) - host_step(state)
         return self._updates
 
     # -- split ---------------------------------------------------------------------------------------------------

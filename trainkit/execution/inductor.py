@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import Logger
 from typing import Any
 
 import torch
@@ -45,14 +46,19 @@ def cause(error: BaseException) -> str:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Trace ``torch.autograd.grad`` into the graph."""
+    """Trace ``torch.autograd.grad`` into the graph, and leave out of it what is logged once.
+
+    A method of loggers that ends in ``_once`` (``warning_once`` of transformers) would break the graph; its message is
+    for the first call of an eager model and is not logged from a graph. Other log calls are left to break it.
+    """
     config = torch._dynamo.config
-    before = config.trace_autograd_ops
+    before = config.trace_autograd_ops, config.ignore_logging_functions
     config.trace_autograd_ops = True
+    config.ignore_logging_functions = before[1].union(m for name, m in vars(Logger).items() if name.endswith("_once"))
     try:
         yield
     finally:
-        config.trace_autograd_ops = before
+        config.trace_autograd_ops, config.ignore_logging_functions = before
 
 
 class Compiler:
