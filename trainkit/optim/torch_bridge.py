@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
 from trainkit.optim.torch_kernels import device_of, in_order, population_safe
-from trainkit.optim.transform import REPORT, Transform, optimizer, reports
+from trainkit.optim.transform import REPORT, Transform, optimizer, reports, with_entries
 from trainkit.types import OptState, Params, Schedule
 
 # -- an optimizer class as a transformation ------------------------------------------------------------------------
@@ -126,8 +126,8 @@ class _Value:
         # Numbers stay on the CPU: the object wants them as numbers again, and asking an accelerator would wait for it.
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device or "cpu")
 
-    def given_back(self, stored: Tensor) -> Any:
-        return stored if self.kind is Tensor else self.kind(stored.item())
+    def given_back(self, stored: Tensor | None) -> Any:
+        return stored if self.kind is Tensor or stored is None else self.kind(stored.item())
 
     def stored(self, value: Any, old: Tensor, foreign: set[int]) -> Tensor:
         """The value as a tensor of the state: ``old`` overwritten, or what the object made in its place."""
@@ -149,18 +149,55 @@ _Memory = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class _Form:
+    """How the state of one parameter is made up.
+
+    Args:
+        paths: of its values, in their order.
+        keys: of the dictionary, if the values are its own; None if some are nested.
+        spec: the whole structure.
+    """
+
+    paths: list[str]
+    keys: list[Any] | None
+    spec: pytree.TreeSpec
+
+    @staticmethod
+    def of(state: dict[Any, Any]) -> _Form:
+        found, spec = pytree.tree_flatten_with_path(state)
+        nested = any(len(path) > 1 for path, _ in found)
+        return _Form(["/".join(map(_label, path)) for path, _ in found], None if nested else list(state), spec)
+
+    def values(self, state: dict[Any, Any]) -> list[Any]:
+        """The values in a state. Raises: ValueError for a state of another form."""
+        if self.keys is not None and list(state) == self.keys:
+            return list(state.values())
+        found, spec = pytree.tree_flatten(state)
+        if spec != self.spec:
+            raise ValueError(f"cls: state with entries {self.paths} expected, but in this step it became {spec}")
+        return found
+
+    def state(self, values: list[Any]) -> dict[Any, Any]:
+        """The state of these values."""
+        if self.keys is not None:
+            return dict(zip(self.keys, values, strict=True))
+        made: dict[Any, Any] = pytree.tree_unflatten(values, self.spec)
+        return made
+
+
+@dataclass(frozen=True)
 class _Lifted:
     """An object of the class, empty, with the layout of its memory for one set of parameters.
 
     Args:
         scratch: takes the steps; holds no memory in between.
-        paths: for each parameter the paths in its state, and how they make up that state.
+        forms: for each parameter how its state is made up.
         memory: what is found there.
         group: entries of the parameter group that change.
     """
 
     scratch: Optimizer
-    paths: dict[str, tuple[list[str], pytree.TreeSpec]]
+    forms: dict[str, _Form]
     memory: dict[str, dict[str, _Value]]
     group: dict[str, _Value]
 
@@ -171,8 +208,9 @@ class _Lifted:
         attributes, group = _numbers_in(vars(scratch)), _numbers_in(scratch.param_groups[0])
         names = [name for name, _ in _named(params)]
         with rng.seeded(0, device_of(params)):
-            (memory, paths), second = (_after_trial_step(scratch, names) for _ in range(2))
-        if (memory, paths) != second:
+            first, second = (_after_trial_step(scratch, names) for _ in range(2))
+        forms, memory = first
+        if first != second:
             raise ValueError(
                 f"cls: the memory of {factory.cls.__name__} (entries {sorted(memory)}) changes its structure between "
                 "the first and the second step; expected one that keeps its entries, their types and their shapes"
@@ -186,7 +224,7 @@ class _Lifted:
         turned = _changed(group, _numbers_in(scratch.param_groups[0]))
         if factory.rate(0) is not None:
             turned.pop("lr", None)
-        lifted = _Lifted(scratch, paths, memory, {key: _Value.of(v, key) for key, v in turned.items()})
+        lifted = _Lifted(scratch, forms, memory, {key: _Value.of(v, key) for key, v in turned.items()})
         lifted.empty()
         return lifted
 
@@ -195,7 +233,7 @@ class _Lifted:
         return tree.frozen(
             {
                 "count": torch.zeros((), dtype=torch.int64),
-                "memory": {path: {name: v.first() for name, v in of.items()} for path, of in self._kept().items()},
+                "memory": {path: {name: v.first() for name, v in of.items()} for path, of in self._tensors()},
                 "group": {key: value.first() for key, value in self.group.items()},
                 REPORT: {"learning_rate": torch.zeros((), dtype=torch.float32)},
             }
@@ -221,38 +259,32 @@ class _Lifted:
             group["lr"] = rate
         _take_step(stepper, given)
         _write_back(new, stepper)
-        memory, _ = _read(stepper, list(self.paths))
+        memory = _read(stepper, self.forms)
         foreign = {_storage(t) for t in (*new, *given)}
         entries = {
             path: tree.like(
                 opt_state["memory"][path],
                 [value.stored(memory[path][name], old[path][name], foreign) for name, value in of.items()],
             )
-            for path, of in self._kept().items()
+            for path, of in self._tensors()
         }
         after_group = [value.stored(group[key], old_group[key], foreign) for key, value in self.group.items()]
         reported.fill_(float(group.get("lr", torch.nan)))
         self.empty()
-        return tree.like(params, new), tree.frozen(
-            {
-                "count": count.add_(1),
-                "memory": entries,
-                "group": tree.like(opt_state["group"], after_group),
-                REPORT: {"learning_rate": reported},
-            }
-        )
+        after = {
+            "count": count.add_(1),
+            "memory": with_entries(opt_state["memory"], entries),
+            "group": tree.like(opt_state["group"], after_group),
+            REPORT: tree.like(opt_state[REPORT], [reported]),
+        }
+        return tree.like(params, new), with_entries(opt_state, after)
 
     def fill(self, params: list[Tensor], memory: _Memory, group: dict[str, Tensor]) -> None:
         """Give the object its parameters and its memory."""
-        own = _parameters(self.scratch)
-        for p, t, (name, (paths, spec)) in zip(own, params, self.paths.items(), strict=True):
+        for p, t, (name, form) in zip(_parameters(self.scratch), params, self.forms.items(), strict=True):
             p.data = t
-            kept = self.memory
-            values = [
-                kept[path][name].given_back(memory[path][name]) if name in memory.get(path, ()) else None
-                for path in paths
-            ]
-            self.scratch.state[p] = pytree.tree_unflatten(values, spec)
+            found = ((self.memory[path][name], memory.get(path, {}).get(name)) for path in form.paths)
+            self.scratch.state[p] = form.state([value.given_back(stored) for value, stored in found])
         self.scratch.param_groups[0].update({key: v.given_back(group[key]) for key, v in self.group.items()})
 
     def empty(self) -> None:
@@ -262,21 +294,34 @@ class _Lifted:
             p.grad = None
             p.data = p.data.new_empty(0)
 
-    def _kept(self) -> dict[str, dict[str, _Value]]:
-        """The layout without what is None, which needs no tensor."""
-        return {
-            path: {name: value for name, value in of.items() if value.kind is not type(None)}
-            for path, of in self.memory.items()
-        }
+    def _tensors(self) -> Iterator[tuple[str, dict[str, _Value]]]:
+        """The layout of what is kept as tensors: all but None."""
+        for path, of in self.memory.items():
+            yield path, {name: value for name, value in of.items() if value.kind is not type(None)}
 
 
-def _after_trial_step(scratch: Optimizer, names: list[str]) -> tuple[dict[str, dict[str, _Value]], Any]:
-    _take_step(scratch, [torch.ones_like(p) for p in _parameters(scratch)])
-    memory, paths = _read(scratch, names)
-    layout = {
-        path: {name: _Value.of(value, f"state[{path!r}]") for name, value in of.items()} for path, of in memory.items()
+def _after_trial_step(scratch: Optimizer, names: list[str]) -> tuple[dict[str, _Form], dict[str, dict[str, _Value]]]:
+    """How the memory is made up after one more step, and what it consists of."""
+    own = _parameters(scratch)
+    _take_step(scratch, [torch.ones_like(p) for p in own])
+    strangers = [key for key in scratch.state if not any(key is p for p in own)]
+    if strangers:
+        raise ValueError(
+            f"cls: {type(scratch).__name__} keeps memory under {strangers}, expected only under its parameters"
+        )
+    forms = {name: _Form.of(dict(scratch.state.get(p, {}))) for name, p in zip(names, own, strict=True)}
+    found = _read(scratch, forms).items()
+    return forms, {
+        path: {name: _Value.of(value, f"state[{path!r}]") for name, value in of.items()} for path, of in found
     }
-    return layout, paths
+
+
+def _read(stepper: Optimizer, forms: dict[str, _Form]) -> _Memory:
+    memory: _Memory = {}
+    for (name, form), p in zip(forms.items(), _parameters(stepper), strict=True):
+        for path, value in zip(form.paths, form.values(stepper.state.get(p, {})), strict=True):
+            memory.setdefault(path, {})[name] = value
+    return memory
 
 
 def _take_step(stepper: Optimizer, grads: list[Tensor]) -> None:
@@ -284,25 +329,6 @@ def _take_step(stepper: Optimizer, grads: list[Tensor]) -> None:
         p.grad = g
     with torch.enable_grad():
         stepper.step()
-
-
-def _read(stepper: Optimizer, names: list[str]) -> tuple[_Memory, dict[str, tuple[list[str], pytree.TreeSpec]]]:
-    """The memory of an object, and for each parameter the paths in its state."""
-    own = _parameters(stepper)
-    strangers = [key for key in stepper.state if not any(key is p for p in own)]
-    if strangers:
-        raise ValueError(
-            f"cls: {type(stepper).__name__} keeps memory under {strangers}, expected only under its parameters"
-        )
-    memory: _Memory = {}
-    paths: dict[str, tuple[list[str], pytree.TreeSpec]] = {}
-    for name, p in zip(names, own, strict=True):
-        found, spec = pytree.tree_flatten_with_path(dict(stepper.state[p]) if p in stepper.state else {})
-        labels = ["/".join(_label(part) for part in path) for path, _ in found]
-        paths[name] = (labels, spec)
-        for label, (_, value) in zip(labels, found, strict=True):
-            memory.setdefault(label, {})[name] = value
-    return memory, paths
 
 
 def _label(part: Any) -> str:
