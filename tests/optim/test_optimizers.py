@@ -595,6 +595,16 @@ def test_compiles_once_with_gradients_and_a_changing_rate(row: Row) -> None:
         )
 
 
+@pytest.mark.parametrize("options", next(r.grid for r in OPTIMIZERS if r.id == "adafactor"))
+@pytest.mark.usefixtures("fresh_compiler")
+def test_adafactor_has_the_same_rule_in_a_graph(options: Options) -> None:
+    row = next(r for r in OPTIMIZERS if r.id == "adafactor")
+    tx = row.make(schedule, **options)
+    apply = torch.compile(tx.apply, fullgraph=True, backend="eager")
+    found, _ = run(Transform(tx.init, tx.update, apply), row, random_tree(row, 0), 20)
+    assert_close(found, run_torch(row, options, random_tree(row, 0), 20))
+
+
 @every_optimizer
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.usefixtures("fresh_compiler", "float64_numbers")

@@ -225,7 +225,8 @@ def linear_cross_entropy(
 
     masked_lm(hidden @ head_weight.T + bias, labels): its formula, weight and metrics.
 
-    Each chunk's logits are made once, in the forward pass, which leaves the gradients of ``hidden`` and
+    Torch's own function of this name does the work where it has one (torch 2.13), for inputs of float32 or wider and
+    neither smoothing nor z-loss; else the chunked form here. Each chunk's logits are made once, in the forward pass, which leaves the gradients of ``hidden`` and
     ``head_weight``; the backward pass only scales them. Memory beyond the gradients is a few times ``chunk_size`` V
     numbers. Sums over chunks are kept in float32 or wider. It can be differentiated once.
 
@@ -250,9 +251,9 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(torch.zeros(3, 2), torch.ones(5, 2), torch.tensor([0, 4, -100]), chunk_size=2).loss_sum
         tensor(3.2189)
 
-    Source: gradients in the forward pass as in Hsu et al. 2024 (Liger Kernel), sec. 3.2. The chunked form of
-    torch.nn.functional.linear_cross_entropy (torch 2.13) is as lean and as fast, but it sums the losses of bfloat16
-    inputs in bfloat16, which is percents off over a few hundred rows, and it has no smoothing and no z-loss.
+    Source: torch.nn.functional.linear_cross_entropy (torch 2.13); gradients in the forward pass as in Hsu et al. 2024
+    (Liger Kernel), sec. 3.2. Torch's sums the losses of bfloat16 inputs in bfloat16, which is percents off over a few
+    hundred rows, and has no z-loss.
     """
     _check_head(hidden, head_weight, bias)
     labels = check_labels(labels, hidden, ignore_index=ignore_index, classes=head_weight.shape[0])
@@ -267,6 +268,13 @@ def linear_cross_entropy(
     reported: dict[str, Metric] = {"tokens": Sum(tokens)}
     if _inside_functorch(x, weight):
         return _token_loss(F.linear(x, weight, bias), flat, ignore_index, label_smoothing, z_loss, None)
+    if _suits_torch(x, label_smoothing, z_loss):
+        # The buffers of the backward pass are kept, since torch warns where a compiled graph asks for less.
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, allow_retain_graph=True)
+        loss_sum = F.linear_cross_entropy(
+            x, weight, flat, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
+        )
+        return LossOutput(loss_sum, tokens, reported)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     loss_sum, penalty, *_ = _chunked_cross_entropy(
         x, weight, bias, flat, ignore_index, label_smoothing, z_loss, rows, wanted
@@ -317,6 +325,11 @@ def _chunked_cross_entropy(
         if wanted[1]:
             _add_product(grad_weight, grad.t(), x[part])
     return loss_sum, penalty, grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _suits_torch(x: Tensor, label_smoothing: float, z_loss: float) -> bool:
+    has_one = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return has_one and not label_smoothing and not z_loss and x.dtype in (torch.float32, torch.float64)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.optim._adafactor import adafactor as torch_adafactor
 
 from trainkit import tree
-from trainkit.optim.torch_kernels import Memory, Rate, Slots, check_non_negative, check_real, kernel_optimizer
+from trainkit.optim.torch_kernels import (
+    Memory,
+    Rate,
+    Slots,
+    check_non_negative,
+    check_real,
+    is_plain,
+    kernel_optimizer,
+    loop_form,
+    step_tensors,
+)
 from trainkit.optim.transform import Transform
 from trainkit.types import OptState, Params, Schedule
 
@@ -48,8 +60,9 @@ def adafactor(
                 [0.9000, 0.9000]])
 
     Source: Shazeer and Stern 2018, algorithms 4 and 5, with the learning rate and eps1 as torch has them; matches
-    torch.optim.Adafactor (torch 2.13). Its kernel reads three numbers per parameter on the host, which neither a
-    graph nor an accelerator can afford, so the rule is written out here.
+    torch.optim.Adafactor (torch 2.13), whose kernel does the work on a CPU. It reads three numbers per parameter on the
+    host, which neither a graph nor an accelerator can afford, and has no form for sharded tensors: there the rule as
+    written out here runs.
     """
     if not beta2_decay <= 0:
         raise ValueError(f"beta2_decay: got {beta2_decay}, expected a number <= 0")
@@ -60,16 +73,35 @@ def adafactor(
     slots: Slots = {"row_var": _row_zeros, "col_var": _column_zeros, "variance": _vector_zeros}
 
     def kernel(params: list[Tensor], grads: list[Tensor], memory: Memory, step: Tensor, learning_rate: Rate) -> None:
-        rows, columns, vectors = (iter(memory[name]) for name in ("row_var", "col_var", "variance"))
-        for p, g in zip(params, grads, strict=True):
-            least = torch.finfo(p.dtype).eps if eps1 is None else eps1
+        matrix = [p.dim() > 1 for p in params]
+        rows, columns = _spread(memory["row_var"], matrix), _spread(memory["col_var"], matrix)
+        vectors = _spread(memory["variance"], [not m for m in matrix])
+        if not loop_form(params)["capturable"] and all(is_plain(type(p)) for p in params):
+            torch_adafactor(
+                params,
+                grads,
+                rows,
+                columns,
+                vectors,
+                step_tensors(step, params),
+                d=d,
+                lr=learning_rate,
+                beta2_decay=beta2_decay,
+                weight_decay=weight_decay,
+                eps1=eps1,  # type: ignore[arg-type]
+                eps2=eps2,
+                maximize=maximize,
+            )
+            return
+        for p, g, row, column, vector in zip(params, grads, rows, columns, vectors, strict=True):
             t = step.to(p.device, torch.promote_types(p.dtype, torch.float32))
             share = t**beta2_decay
             size = torch.clamp(_rms(p), min=eps2) * torch.clamp(t.rsqrt(), max=learning_rate)
-            if p.dim() > 1:
-                variance = _factored(g, next(rows), next(columns), share, least)
+            least = torch.finfo(p.dtype).eps if eps1 is None else eps1
+            if row is not None and column is not None:
+                variance = _factored(g, row, column, share, least)
             else:
-                variance = _towards(next(vectors), g * g, share)
+                variance = _towards(vector, g * g, share)
             update = variance.clamp(min=least * least).rsqrt_().mul_(g)
             size = size / torch.clamp(_rms(update) / d, min=1.0)
             if weight_decay:
@@ -83,6 +115,12 @@ def adafactor(
         return made.init(params)
 
     return Transform(init, made.update, made.apply)
+
+
+def _spread(tensors: list[Tensor], where: list[bool]) -> list[Any]:
+    """The tensors at the places marked, None at the others."""
+    rest = iter(tensors)
+    return [next(rest) if marked else None for marked in where]
 
 
 def _factored(g: Tensor, row: Tensor, column: Tensor, share: Tensor, least: float) -> Tensor:

@@ -212,6 +212,11 @@ def each(op: str, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list[Tens
     return [plain(t, *row, **kwargs) for t, row in zip(tensors, rows if args else [()] * len(tensors), strict=True)]
 
 
+def is_plain(tensor_type: type) -> bool:
+    """Whether tensors of this type are ordinary ones, not sharded (DTensor) or otherwise of a kind of their own."""
+    return tensor_type in (Tensor, nn.Parameter)
+
+
 def has_complex(params: Sequence[Tensor]) -> bool:
     """Whether a parameter is complex: torch's loops then work on its real and imaginary parts."""
     return any(p.is_complex() for p in params)
@@ -290,7 +295,7 @@ def _is_capturable(device_type: str) -> bool:
 def _has_kernel(op: Any, tensor_type: type, device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     # Sharded tensors (DTensor) have rules for Adam only.
-    known = tensor_type in (Tensor, nn.Parameter) or op in _FUSED_WHEN_SHARDED
+    known = is_plain(tensor_type) or op in _FUSED_WHEN_SHARDED
     return key is not None and known and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op.__name__}", key)
 
 

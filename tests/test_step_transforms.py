@@ -1,0 +1,515 @@
+"""Step transforms against plain PyTorch loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.optim import swa_utils
+from torch.utils import _pytree as pytree
+
+from trainkit import tree
+from trainkit.execution.compile import compile_step
+from trainkit.functional import functional
+from trainkit.loop import run
+from trainkit.metrics import Latest, Mean, perplexity
+from trainkit.optim.adam import adam
+from trainkit.optim.adamw import adamw
+from trainkit.optim.averaging import polyak
+from trainkit.optim.groups import by_name, partition
+from trainkit.optim.sgd import sgd
+from trainkit.state import TrainState, host_step, init_state
+from trainkit.step import make_train_step
+from trainkit.transforms import (
+    NonfiniteError,
+    alternate,
+    ema_params,
+    init_ema,
+    raise_nonfinite,
+    scan,
+    skip_nonfinite,
+    train_only,
+    with_average,
+    with_ema,
+)
+from trainkit.types import Batch, Buffers, LossOutput, Params, StepFn
+
+
+def make_module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+
+
+def make_step(module: nn.Module, optimizer: Any = None) -> StepFn:
+    model = functional(module)
+
+    def loss(params: Params, buffers: Buffers, batch: Batch) -> LossOutput:
+        out, buffers = model(params, buffers, batch)
+        squares = (out - 1).square().sum()
+        return LossOutput(squares, batch.shape[0], {"ppl": perplexity(squares, batch.shape[0])}, buffers)
+
+    return make_train_step(loss, adamw(0.05) if optimizer is None else optimizer)
+
+
+def make_state(module: nn.Module) -> TrainState:
+    return init_state(module, adamw(0.05), seed=3)
+
+
+def batch_of(i: int, bad: bool = False) -> Tensor:
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
+    if bad:
+        rows[0, 0] = math.nan
+    return rows
+
+
+def torch_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss = (module(batch) - 1).square().sum() / batch.shape[0]
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    (a, spec_a), (b, spec_b) = pytree.tree_flatten(one), pytree.tree_flatten(two)
+    assert spec_a == spec_b
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(params: TensorDict, module: nn.Module, tolerance: float = 1e-5) -> None:
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(params[name], parameter.data, rtol=tolerance, atol=tolerance)
+
+
+# -- averages ------------------------------------------------------------------------------------------------------
+
+
+def test_ema_equals_a_loop_with_an_averaged_model() -> None:
+    module = make_module()
+    step, state = with_ema(make_step(module), 0.9), init_ema(make_state(module))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    averaged = swa_utils.AveragedModel(module, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
+    averaged.update_parameters(module)
+    for i in range(10):
+        state, _ = step(state, batch_of(i))
+        torch_step(module, optimizer, batch_of(i))
+        averaged.update_parameters(module)
+        assert_close(ema_params(state), averaged.module)
+    assert_close(state.params, module)
+    assert int(state.extra["ema"]["count"]) == 10
+
+
+def test_an_average_of_equal_weights_equals_swa() -> None:
+    module = make_module()
+    step, state = with_average(make_step(module), polyak(start=2)), init_ema(make_state(module))
+    seen = []
+    for i in range(6):
+        state, _ = step(state, batch_of(i))
+        seen.append(state.params)
+    for name, mean in ema_params(state).items():
+        torch.testing.assert_close(mean, torch.stack([params[name] for params in seen[2:]]).mean(0))
+
+
+def test_averages_of_two_names_live_side_by_side() -> None:
+    module = make_module()
+    step = with_ema(with_ema(make_step(module), 0.5, name="fast"), 0.99, name="slow")
+    state = init_ema(init_ema(make_state(module), name="fast"), name="slow")
+    for i in range(3):
+        state, _ = step(state, batch_of(i))
+    alone, expected = with_ema(make_step(module), 0.5), init_ema(make_state(module))
+    for i in range(3):
+        expected, _ = alone(expected, batch_of(i))
+    assert_equal(ema_params(state, name="fast"), ema_params(expected))
+    assert not torch.equal(ema_params(state, name="slow")["0.weight"], ema_params(state, name="fast")["0.weight"])
+
+
+def test_the_average_of_half_precision_may_be_kept_in_float32() -> None:
+    module = nn.Linear(2, 1, bias=False).bfloat16()
+    tx = sgd(2.0**-7)
+    loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum().float(), len(x))  # noqa: E731
+    step, state = with_ema(make_train_step(loss, tx), 0.999), init_ema(init_state(module, tx), dtype=torch.float32)
+    first = ema_params(state)["weight"]
+    for _ in range(5):
+        state, _ = step(state, torch.ones(4, 2, dtype=torch.bfloat16))
+    assert ema_params(state)["weight"].dtype == torch.float32
+    assert bool((ema_params(state)["weight"] < first).all())
+
+
+def test_an_average_that_was_not_started_is_refused_before_anything_runs() -> None:
+    module = make_module()
+
+    def never(state: TrainState, batch: Batch) -> Any:
+        raise AssertionError("the step ran")
+
+    with pytest.raises(KeyError, match=r"no average 'ema'; start with init_ema\(state, name='ema'\)"):
+        with_ema(never, 0.9)(make_state(module), batch_of(0))
+    with pytest.raises(KeyError, match="no average 'slow'"):
+        ema_params(init_ema(make_state(module)), name="slow")
+    with pytest.raises(ValueError, match=r"decay: got 1.0, expected a number in \[0, 1\)"):
+        with_ema(never, 1.0)
+
+
+# -- not finite ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+def test_a_run_with_bad_batches_is_the_torch_run_without_them(bad: list[bool]) -> None:
+    module = make_module()
+    step, state = skip_nonfinite(make_step(module)), make_state(module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    losses, total = [], None
+    for i, is_bad in enumerate(bad):
+        state, metrics = step(state, batch_of(i, is_bad))
+        total = metrics if total is None else {k: total[k].merge(m) for k, m in metrics.items()}
+        if not is_bad:
+            losses.append(torch_step(module, optimizer, batch_of(i)))
+    assert total is not None
+    assert_close(state.params, module)
+    torch.testing.assert_close(state.buffers["1.running_var"], module[1].running_var)
+    assert int(state.step) == host_step(state) == len(bad)
+    assert float(total["skipped_steps"].compute()) == pytest.approx(bad.count(True) / len(bad))
+    if losses:
+        torch.testing.assert_close(total["loss"].compute(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+        assert bool(torch.isfinite(total["ppl"].compute()))
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_a_bad_step_changes_nothing_but_the_step(donated: bool) -> None:
+    module = make_module()
+    step = skip_nonfinite(with_ema(make_step(module), 0.9))
+    state, _ = step(init_ema(make_state(module)), batch_of(0))
+    before = tree.clone(state)
+    with tree.donate(state) if donated else tree.keep():
+        after, metrics = step(state, batch_of(1, bad=True))
+    for field in ("params", "buffers", "opt_state", "extra", "key"):
+        assert_equal(getattr(after, field), getattr(before, field))
+    assert int(after.step) == 2
+    assert (float(metrics["loss"].weight), float(metrics["loss"].total)) == (0.0, 0.0)
+    if not donated:
+        assert_equal(state, before)
+
+
+def test_a_loss_alone_that_is_not_finite_is_enough() -> None:
+    module = nn.Linear(2, 1, bias=False)
+    tx = sgd(0.1)
+    loss = lambda params, buffers, x: LossOutput((params["weight"] * 0).sum() + x.sum(), len(x))  # noqa: E731
+    state = init_state(module, tx)
+    after, metrics = skip_nonfinite(make_train_step(loss, tx))(state, torch.full((2, 2), math.inf))
+    assert float(metrics["skipped_steps"].compute()) == 1.0
+    assert_equal(after.opt_state, state.opt_state)
+
+
+def test_metrics_that_do_not_add_up_are_reported_as_they_are() -> None:
+    module = make_module()
+    step = skip_nonfinite(make_step(module))
+    _, metrics = step(make_state(module), batch_of(0, bad=True))
+    assert isinstance(metrics["learning_rate"], Latest)
+    assert float(metrics["learning_rate"].compute()) == pytest.approx(0.05)
+
+
+def test_the_first_bad_step_raises_with_the_state_before_it() -> None:
+    module = make_module()
+    step, state = raise_nonfinite(make_step(module)), make_state(module)
+    records = list(run(step, state, [batch_of(0), batch_of(1)]))
+    state, before = records[-1].state, tree.clone(records[-1].state)
+    with (
+        tree.donate(state),
+        pytest.raises(NonfiniteError, match=r"step 3: loss is nan; .* in the error's .state") as caught,
+    ):
+        step(state, batch_of(2, bad=True))
+    assert caught.value.state is state
+    assert_equal(state, before)
+    assert isinstance(caught.value, FloatingPointError)
+    again, _ = step(caught.value.state, batch_of(2))
+    assert int(again.step) == 3
+
+
+def test_a_parameter_that_is_not_finite_is_named() -> None:
+    module = nn.Linear(2, 1)
+    tx = sgd(1.0)
+    loss = lambda params, buffers, x: LossOutput(torch.sqrt(params["bias"] * 0).sum(), len(x))  # noqa: E731
+    step = raise_nonfinite(make_train_step(loss, tx, unused="zero"))
+    with pytest.raises(NonfiniteError, match="step 1: parameter 'bias' holds 1 NaN and 0 infinite numbers of 1"):
+        step(init_state(module, tx), torch.ones(2, 2))
+
+
+def test_a_step_taken_back_inside_raises_too_and_can_go_on() -> None:
+    module = make_module()
+    step = raise_nonfinite(skip_nonfinite(make_step(module)))
+    state = make_state(module)
+    with pytest.raises(NonfiniteError, match="step 1: not finite, and taken back") as caught:
+        step(state, batch_of(0, bad=True))
+    assert_equal(caught.value.state.params, state.params)
+    after, _ = step(caught.value.state, batch_of(1))
+    assert int(after.step) == 2
+
+
+# -- several steps in one ------------------------------------------------------------------------------------------
+
+
+def structured(i: int) -> dict[str, Any]:
+    return {"x": batch_of(i), "nested": (torch.arange(8) + i,), "name": "same for all"}
+
+
+def structured_step(module: nn.Module) -> StepFn:
+    plain = make_step(module)
+    return lambda state, batch: plain(state, batch["x"] + batch["nested"][0].unsqueeze(-1))
+
+
+@pytest.mark.parametrize("form", ["list", "stacked", "tensordict"])
+@pytest.mark.parametrize("donated", [False, True])
+def test_scan_is_the_steps_one_after_the_other(form: str, donated: bool) -> None:
+    module = make_module()
+    step, state, total = structured_step(module), make_state(module), None
+    for i in range(3):
+        state, metrics = step(state, structured(i))
+        total = metrics if total is None else {k: total[k].merge(m) for k, m in metrics.items()}
+    batches: Any = [structured(i) for i in range(3)]
+    if form == "stacked":
+        batches = {
+            "x": torch.stack([b["x"] for b in batches]),
+            "nested": (torch.stack([b["nested"][0] for b in batches]),),
+            "name": "same for all",
+        }
+    elif form == "tensordict":
+        batches = TensorDict({"x": torch.stack([b["x"] + b["nested"][0].unsqueeze(-1) for b in batches])}, [3, 8])
+        step = lambda state, batch: make_step(module)(state, batch["x"])  # noqa: E731
+    start = make_state(module)
+    before = tree.clone(start)
+    with tree.donate(start) if donated else tree.keep():
+        found, merged = scan(step, 3)(start, batches)
+    assert_equal(found, state)
+    assert host_step(found) == 3
+    assert_equal(merged, total)
+    if not donated:
+        assert_equal(start, before)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([torch.ones(2, 4)] * 2, "batch: got a list of 2, expected 3 batches"),
+        (torch.ones(2, 8, 4), r"batch: its tensors have leading axes of \['2'\], expected 3 for all"),
+        ({"a": torch.ones(3, 4), "b": torch.tensor(1.0)}, r"leading axes of \['3', 'None'\], expected 3"),
+    ],
+)
+def test_scan_refuses_another_number_of_batches(batch: Any, message: str) -> None:
+    module = make_module()
+    with pytest.raises(ValueError, match=message):
+        scan(make_step(module), 3)(make_state(module), batch)
+
+
+def test_numbers_of_steps_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="k: got 0, expected at least 1"):
+        scan(make_step(make_module()), 0)
+    with pytest.raises(ValueError, match="steps: got none, expected at least one, by name"):
+        alternate()
+
+
+# -- players -------------------------------------------------------------------------------------------------------
+
+
+class GAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.generator = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        self.critic = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return self.critic(real), self.critic(self.generator(noise))
+
+
+def gan_losses(gan: GAN) -> dict[str, Any]:
+    model = functional(gan)
+
+    def critic(params: Params, buffers: Buffers, batch: Batch) -> LossOutput:
+        (real, fake), buffers = model(params, buffers, *batch)
+        return LossOutput((softplus(-real) + softplus(fake)).sum(), len(real), buffers=buffers)
+
+    def generator(params: Params, buffers: Buffers, batch: Batch) -> LossOutput:
+        (_, fake), buffers = model(params, buffers, *batch)
+        return LossOutput(softplus(-fake).sum(), len(fake), buffers=buffers)
+
+    return {"critic": critic, "generator": generator}
+
+
+PLAYERS = {"critic": adam(0.02), "generator": adam(0.01)}
+LABELS = by_name({"generator.*": "generator"}, default="critic")
+
+
+def gan_step(gan: GAN) -> StepFn:
+    return alternate(
+        **{
+            name: train_only(make_train_step(loss, PLAYERS[name]), name, LABELS)
+            for name, loss in gan_losses(gan).items()
+        }
+    )
+
+
+def gan_batch(i: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(i)
+    return 2 + torch.randn(16, 1, generator=generator), torch.randn(16, 2, generator=generator)
+
+
+def torch_gan_step(gan: GAN, critic: torch.optim.Optimizer, generator: torch.optim.Optimizer, batch: Any) -> None:
+    real, fake = gan(*batch)
+    critic.zero_grad()
+    (softplus(-real) + softplus(fake)).mean().backward()
+    critic.step()
+    _, fake = gan(*batch)
+    generator.zero_grad()
+    softplus(-fake).mean().backward()
+    generator.step()
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_a_gan_equals_the_plain_loop_with_two_optimizers(donated: bool) -> None:
+    gan = GAN()
+    step, state = gan_step(gan), init_state(gan, partition(PLAYERS, LABELS))
+    critic = torch.optim.Adam(gan.critic.parameters(), lr=0.02)
+    generator = torch.optim.Adam(gan.generator.parameters(), lr=0.01)
+    for i in range(8):
+        with tree.donate(state) if donated else tree.keep():
+            state, metrics = step(state, gan_batch(i))
+        torch_gan_step(gan, critic, generator, gan_batch(i))
+        assert_close(state.params, gan, 2e-4)
+        torch.testing.assert_close(state.buffers["generator.1.running_mean"], gan.generator[1].running_mean)
+    assert set(metrics) == {f"{name}/{key}" for name in PLAYERS for key in ("loss", "learning_rate")}
+    assert int(state.step) == host_step(state) == 16
+    assert [int(state.opt_state[name]["count"]) for name in PLAYERS] == [8, 8]
+
+
+def test_a_player_leaves_the_other_as_it_is_and_computes_no_gradient_for_it() -> None:
+    gan = GAN()
+    state = init_state(gan, partition(PLAYERS, LABELS))
+    seen: list[bool] = []
+
+    def watched(params: Params, buffers: Buffers, batch: Batch) -> LossOutput:
+        seen.extend(t.requires_grad for name, t in buffers.items() if name.startswith("generator."))
+        return gan_losses(gan)["critic"](params, buffers, batch)
+
+    step = train_only(make_train_step(watched, PLAYERS["critic"]), "critic", LABELS)
+    before = tree.clone(state)
+    after, _ = step(state, gan_batch(0))
+    assert seen
+    assert not any(seen)
+    assert_equal(state, before)
+    for name in before.params.keys():
+        assert (after.params[name] is state.params[name]) == name.startswith("generator.")
+    assert_equal(after.opt_state["generator"], before.opt_state["generator"])
+    assert list(after.params.keys()) == list(before.params.keys())
+    assert list(after.buffers.keys()) == list(before.buffers.keys())
+
+
+def test_two_losses_in_turn_on_one_state_are_two_updates() -> None:
+    module, tx = make_module(), sgd(0.05, momentum=0.9)
+    up, down = make_step(module, tx), make_step(module, tx)
+    found, metrics = alternate(first=up, second=down)(init_state(module, tx), batch_of(0))
+    middle, first = up(init_state(module, tx), batch_of(0))
+    expected, second = down(middle, batch_of(0))
+    assert_equal(found, expected)
+    assert_equal(metrics["first/loss"], first["loss"])
+    assert_equal(metrics["second/loss"], second["loss"])
+
+
+def test_the_losses_of_all_players_are_looked_at() -> None:
+    gan = GAN()
+    step, state = skip_nonfinite(gan_step(gan)), init_state(gan, partition(PLAYERS, LABELS))
+    real, noise = gan_batch(0)
+    real[0] = math.inf
+    real_is_all_that_is_bad = (real, noise)
+    after, metrics = step(state, real_is_all_that_is_bad)
+    assert float(metrics["skipped_steps"].compute()) == 1.0
+    assert_equal(after.params, state.params)
+    with pytest.raises(NonfiniteError, match="step 1: critic/loss is nan"):
+        raise_nonfinite(gan_step(gan))(state, real_is_all_that_is_bad)
+
+
+@pytest.mark.parametrize("label", ["nobody", "generator"])
+def test_a_part_without_parameters_or_state_is_refused(label: str) -> None:
+    gan = GAN()
+    state = init_state(gan, partition({"critic": sgd(0.1)}, lambda name, p: "critic"))
+    step = train_only(make_train_step(gan_losses(gan)["critic"], sgd(0.1)), label, LABELS)
+    with pytest.raises(ValueError, match=rf"label: got '{label}', which \d+ of 10 parameters carry; .*\['critic'\]"):
+        step(state, gan_batch(0))
+
+
+# -- compiled ------------------------------------------------------------------------------------------------------
+
+
+def case(name: str) -> tuple[StepFn, TrainState, list[Any]]:
+    module = make_module()
+    plain, state = make_step(module), make_state(module)
+    batches: list[Any] = [batch_of(i, bad=i == 1) for i in range(3)]
+    if name == "ema":
+        return with_ema(plain, 0.9), init_ema(state), [batch_of(i) for i in range(3)]
+    if name == "average":
+        return with_average(plain, polyak(start=1)), init_ema(state), [batch_of(i) for i in range(3)]
+    if name == "skip":
+        return skip_nonfinite(plain), state, batches
+    if name == "skip_ema":
+        return skip_nonfinite(with_ema(plain, 0.9)), init_ema(state), batches
+    if name == "scan":
+        return scan(plain, 2), state, [torch.stack([batch_of(i), batch_of(i + 9)]) for i in range(3)]
+    gan = GAN()
+    return gan_step(gan), init_state(gan, partition(PLAYERS, LABELS)), [gan_batch(i) for i in range(3)]
+
+
+CASES = ["ema", "average", "skip", "skip_ema", "scan", "gan"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_one_graph_that_serves_every_call(name: str) -> None:
+    torch._dynamo.reset()
+    step, state, batches = case(name)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for batch in batches:
+            found, _ = compiled(state, batch)
+            state, _ = step(state, batch)
+            for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(state), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["whole", "split", "eager"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_step_that_donates_equals_the_eager_one(name: str, strategy: Any) -> None:
+    step, state, batches = case(name)
+    compiled, own = compile_step(step, strategy=strategy), tree.clone(state)
+    for batch in batches:
+        own, _ = compiled(own, batch)
+        state, _ = step(state, batch)
+        assert host_step(own) == int(own.step) == int(state.step)
+        for a, b in zip(pytree.tree_leaves(own), pytree.tree_leaves(state), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert compiled.explain().strategy == strategy
+
+
+def test_a_mean_is_the_only_kind_of_loss_that_is_looked_at() -> None:
+    """A metric that is called loss and is no mean (a latest value) is not mistaken for the step's loss."""
+
+    def step(state: TrainState, batch: Batch) -> Any:
+        one = torch.ones(())
+        return state, {"loss": Mean(one, one), "other/loss": Latest(torch.tensor(math.nan))}
+
+    _, metrics = skip_nonfinite(step)(make_state(make_module()), None)
+    assert float(metrics["skipped_steps"].compute()) == 0.0
