@@ -165,7 +165,7 @@ def skip_nonfinite(step: StepFn) -> StepFn:
     (means, sums, perplexity, counts) are zero with weight zero then, so that merged they tell of the steps that
     counted; ``skipped_steps`` is the share of steps that were taken back.
 
-    Compile the result, not the argument: ``compile_step(skip_nonfinite(step))``. Outside of a graph it costs a second
+    Compile the result, not the argument: ``compile_step(skip_nonfinite(step))``. Outside of a graph it takes a second
     state while the step runs.
 
     Args:
@@ -237,10 +237,8 @@ def raise_nonfinite(step: StepFn) -> StepFn:
             after, metrics = step(state, batch)
         losses, params = _losses(metrics), tree.named(after.params)
         if bool(tree.all_finite([*losses.values(), *params.values()])):
-            if "skipped" in metrics and float(metrics["skipped"].compute()) > 0:
-                raise NonfiniteError(
-                    f"step {number}: it was not finite and was taken back; .state goes on after it", after
-                )
+            if "skipped_steps" in metrics and bool(metrics["skipped_steps"].compute() > 0):
+                raise NonfiniteError(f"step {number}: not finite, and taken back; .state has what was before it", after)
             return after, metrics
         fault = next(_faults(losses, params))
         raise NonfiniteError(f"step {number}: {fault}; the state before it is in the error's .state", state)

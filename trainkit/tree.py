@@ -106,7 +106,9 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for t in tensors:
         groups.setdefault((t.device, t.dtype), []).append(t)
-    found = [norm for (_, dtype), group in groups.items() for norm in torch._foreach_norm(group, 2.0, dtype=_wide(dtype))]
+    found: list[Tensor] = []
+    for (_, dtype), group in groups.items():
+        found += torch._foreach_norm(group, 2.0, dtype=_wide(dtype))
     return found if len(groups) == 1 else [norm.to(tensors[0].device) for norm in found]
 
 
@@ -132,16 +134,27 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
     One reduction per tensor (a sum is finite only if its terms are, but a sum of finite terms may overflow, so
     the extremes are looked at instead).
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor([3e38, 3e38])]), all_finite([torch.tensor([1.0, float("nan")])])
+        (tensor(True), tensor(False))
     """
-    checks = [_is_finite(t) for t in tensors if t.numel() and t.is_floating_point()]
-    return _replicated(torch.stack(checks).all()) if checks else torch.ones((), dtype=torch.bool)
+    witnesses = [w for t in tensors if t.numel() and not _is_discrete(t) for w in _witnesses(t)]
+    return _replicated(torch.isfinite(torch.stack(witnesses)).all()) if witnesses else torch.ones((), dtype=torch.bool)
 
 
-def _is_finite(tensor: Tensor) -> Tensor:
+def _is_discrete(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _witnesses(tensor: Tensor) -> Sequence[Tensor]:
+    """Numbers that are all finite exactly where those of the tensor are."""
+    if tensor.is_complex():
+        return _witnesses(torch.view_as_real(tensor))
     if hasattr(tensor, "full_tensor"):
-        # The largest number over ranks may lose a NaN on the way; a count cannot.
-        return torch.isfinite(tensor).sum() == tensor.numel()
-    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+        # Spread over ranks: the largest of all may lose a NaN on the way, a sum of zeros and NaNs cannot.
+        return [(tensor - tensor).sum()]
+    return torch.aminmax(tensor)
 
 
 def _replicated(number: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from trainkit import tree
@@ -118,19 +118,48 @@ def test_large_finite_gradients_are_not_mistaken() -> None:
     assert float(state["report"]["skipped"]) == 0.0
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("condition", [True, False])
 @pytest.mark.parametrize("donated", [True, False])
-def test_select_chooses_through_nested_trees(condition: bool, donated: bool) -> None:
-    new = tree.frozen({"a": torch.ones(2), "nested": {"b": torch.full((2,), 2, dtype=torch.int64)}})
-    old = tree.frozen({"a": torch.zeros(2), "nested": {"b": torch.zeros(2, dtype=torch.int64)}})
+def test_select_chooses_through_nested_trees(condition: bool, donated: bool, device: str) -> None:
+    new = tree.frozen({"a": torch.ones(2), "nested": {"b": torch.full((2,), 2, dtype=torch.int64)}}).to(device)
+    old = tree.frozen({"a": torch.zeros(2), "nested": {"b": torch.zeros(2, dtype=torch.int64)}}).to(device)
     before = tree.clone((new, old))
     with tree.donate(old) if donated else tree.keep():
-        found = select(torch.tensor(condition), new, old)
+        found = select(torch.tensor(condition, device=device), new, old)
     assert_equal(found, before[0 if condition else 1])
     assert found["nested"]["b"].dtype == torch.int64
-    assert (found is old) == donated
-    if not donated:
+    if donated:
+        assert found is old
+    else:
         assert_equal((new, old), before)
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_select_makes_the_same_choice_where_the_host_cannot_look(condition: bool) -> None:
+    torch._dynamo.reset()
+    new, old, flag = torch.tensor([1.0, math.nan]), torch.zeros(2), torch.tensor(condition)
+    compiled = torch.compile(select, fullgraph=True, backend="eager")
+    for found in (compiled(flag, new, old), torch.vmap(select)(flag[None], new[None], old[None])[0]):
+        torch.testing.assert_close(found, new if condition else old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [None, math.nan])
+@pytest.mark.parametrize("donated", [True, False])
+def test_on_a_gpu_the_choice_is_that_of_the_cpu(bad: float | None, donated: bool) -> None:
+    tx = skip_nonfinite(adamw(0.1))
+    expected, _ = tx.apply(grads(0, bad), tx.init(params()), params())
+    now = tree.frozen({name: p.cuda() for name, p in params().items()})
+    state = tx.init(now)
+    with tree.donate(now, state) if donated else tree.keep():
+        found, after = tx.apply(tree.frozen({name: g.cuda() for name, g in grads(0, bad).items()}), state, now)
+    assert float(after["report"]["skipped"]) == (bad is not None)
+    for name, p in expected.items():
+        torch.testing.assert_close(found[name].cpu(), p, rtol=1e-6, atol=1e-6)
 
 
 def test_select_returns_a_tree_that_did_not_change() -> None:
@@ -173,10 +202,15 @@ def test_one_shard_that_is_not_finite_stops_every_rank(tmp_path: Any) -> None:
         assert rank.returncode == 0, errors.decode()
 
 
-def as_tensor(values: list[float]) -> Tensor:
-    return torch.tensor(values)
-
-
 @given(st.lists(st.floats(width=32), min_size=1, max_size=5))
 def test_all_finite_is_math_isfinite_of_every_number(values: list[float]) -> None:
-    assert bool(tree.all_finite([torch.zeros(2), as_tensor(values)])) == all(map(math.isfinite, values))
+    assert bool(tree.all_finite([torch.zeros(2), torch.tensor(values)])) == all(map(math.isfinite, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_all_finite_looks_at_every_dtype_that_can_be_infinite(dtype: torch.dtype) -> None:
+    others = [torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.bfloat16), torch.arange(3), torch.ones(0)]
+    assert bool(tree.all_finite([*others, torch.ones(3, dtype=dtype)]))
+    for bad in BAD:
+        assert not bool(tree.all_finite([*others, torch.tensor([1.0, bad], dtype=dtype)]))
+    assert bool(tree.all_finite([]))

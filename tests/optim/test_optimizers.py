@@ -343,13 +343,18 @@ def test_schedule_free_follows_the_paper(options: Options, warmup: bool) -> None
         assert_close(averaged, tree.frozen({name: torch.as_tensor(p) for name, p in x.items()}), 1e-11, 1e-12)
 
 
-def test_schedule_free_eval_finds_its_memory_inside_a_chain() -> None:
+def test_schedule_free_eval_finds_its_memory_inside_chain_and_partition() -> None:
     row = next(r for r in OPTIMIZERS if r.id == "schedule_free_adamw")
     params = random_tree(row, 0)
-    alone, chained = optim.schedule_free_adamw(0.1), chain(optim.identity(), optim.schedule_free_adamw(0.1))
-    y, state = run(alone, row, params, 3)
-    _, nested = run(chained, row, params, 3)
-    assert_same_bits(optim.schedule_free_eval(nested, y), optim.schedule_free_eval(state, y))
+    y, state = run(optim.schedule_free_adamw(0.1), row, params, 3)
+    expected = optim.schedule_free_eval(state, y)
+    _, chained = run(chain(optim.identity(), optim.schedule_free_adamw(0.1)), row, params, 3)
+    assert_same_bits(optim.schedule_free_eval(chained, y), expected)
+    parts = {"free": optim.schedule_free_adamw(0.1), "rest": optim.sgd(0.1)}
+    mixed, parted = run(optim.partition(parts, optim.by_rank({2: "free"}, "rest")), row, params, 3)
+    found = optim.schedule_free_eval(parted, mixed)
+    assert torch.equal(found["matrix"], expected["matrix"])
+    assert found["vector"] is mixed["vector"]
     with pytest.raises(ValueError, match="no schedule-free memory"):
         optim.schedule_free_eval(optim.adamw(0.1).init(params), params)
 
@@ -467,6 +472,16 @@ def test_number_and_constant_schedule_mean_the_same(row: Row) -> None:
     assert_same_bits(number, as_tensor)
 
 
+def test_the_count_itself_may_be_the_rate() -> None:
+    params = tree.frozen({"w": torch.zeros(1)})
+    tx = optim.sgd(lambda count: count)
+    opt_state = tx.init(params)
+    for expected in (0.0, -1.0, -3.0):
+        with tree.donate(params, opt_state):
+            params, opt_state = tx.apply(tree.frozen({"w": torch.ones(1)}), opt_state, params)
+        assert params["w"].item() == expected
+
+
 @every_optimizer
 def test_no_parameters_are_no_work(row: Row) -> None:
     tx = row.make(0.1)
@@ -493,17 +508,33 @@ def test_gradients_in_any_memory_layout(row: Row) -> None:
 
 
 @every_optimizer
+def test_donated_parameters_with_gaps_between_their_rows(row: Row) -> None:
+    wide = torch.randn(4, 6, dtype=torch.float64)
+    whole, gradient = wide.clone(), wide.cos()
+    params = tree.frozen({"w": whole[:, :3]})
+    tx = row.make(0.1)
+    expected, _ = tx.apply(
+        tree.frozen({"w": gradient[:, :3]}), tx.init(params), tree.frozen({"w": wide[:, :3].clone()})
+    )
+    with tree.donate(params):
+        found, _ = tx.apply(tree.frozen({"w": gradient[:, :3]}), tx.init(params), params)
+    assert found["w"].data_ptr() == whole.data_ptr()
+    assert_close(found, expected)
+    assert torch.equal(whole[:, 3:], wide[:, 3:])
+
+
+@every_optimizer
 def test_memory_in_another_layout_than_its_parameter(row: Row) -> None:
     # As after loading a contiguous checkpoint into transposed or channels-last parameters.
     contiguous = tree.frozen({"w": torch.randn(4, 3, dtype=torch.float64)})
-    params = tree.frozen({"w": contiguous["w"].t().contiguous().t()})
     grads = tree.map_tensors(torch.cos, contiguous)
     tx = row.make(0.1)
-    opt_state = tx.init(contiguous)
-    expected, _ = tx.apply(grads, opt_state, contiguous)
+    contiguous, opt_state = tx.apply(grads, tx.init(contiguous), contiguous)
+    params = tree.frozen({"w": contiguous["w"].t().contiguous().t()})
+    expected, memory = tx.apply(grads, opt_state, contiguous)
     found, after = tx.apply(grads, opt_state, params)
     assert_close(found, expected)
-    assert int(after["count"]) == 1
+    assert_close(after.flatten_keys("/"), memory.flatten_keys("/"))
 
 
 @every_optimizer
@@ -560,8 +591,9 @@ def float64_numbers() -> Iterator[None]:
 
 
 @every_optimizer
+@pytest.mark.parametrize("rate", [schedule, 0.1], ids=["schedule", "number"])
 @pytest.mark.usefixtures("fresh_compiler", "float64_numbers")
-def test_compiles_once_with_gradients_and_a_changing_rate(row: Row) -> None:
+def test_compiles_once_with_the_gradients(row: Row, rate: Any) -> None:
     graphs = 0
 
     def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -570,7 +602,7 @@ def test_compiles_once_with_gradients_and_a_changing_rate(row: Row) -> None:
         return graph.forward
 
     # The options that use most of the kernel.
-    tx = row.make(schedule, **max(row.grid, key=len))
+    tx = row.make(rate, **max(row.grid, key=len))
 
     def step(opt_state: Any, params: Params) -> tuple[Params, Any]:
         inputs = [p.detach().requires_grad_() for p in params.values()]
@@ -702,6 +734,15 @@ def test_bad_arguments_are_refused(make: Callable[..., Transform], options: Opti
 def test_learning_rate_must_be_a_number_or_a_function(row: Row) -> None:
     with pytest.raises(TypeError, match="got str, expected a number or a function"):
         row.make("fast")
+
+
+def test_muon_keeps_its_momentum_in_bfloat16() -> None:
+    # torch's iteration scales a bfloat16 matrix in place.
+    g = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    params = tree.frozen({"w": torch.zeros(4, 4, dtype=torch.bfloat16)})
+    tx = optim.muon(0.1, momentum=0.5, nesterov=False)
+    _, opt_state = tx.apply(tree.frozen({"w": g}), tx.init(params), params)
+    assert torch.equal(opt_state["momentum_buffer"]["w"], 0.5 * g)
 
 
 def test_muon_names_what_is_no_matrix_and_what_to_do() -> None:

@@ -51,6 +51,28 @@ class Counting(Optimizer):
                 p.data = p.data - group["lr"] * state["rate"] * total / (size + group["longest"] + group["calls"])
 
 
+class Remembering(Optimizer):
+    """Remembers its parameters and gradients themselves, not copies."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                p.add_(p.grad + 0.5 * state.get("slope", 0.0), alpha=-group["lr"])
+                state["place"], state["slope"] = p, p.grad
+
+
+class Noisy(Remembering):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.randn_like(p))
+
+
 class InAttributes(Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -100,6 +122,7 @@ CLASSES: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (torch.optim.ASGD, {"t0": 5.0}),
     (torch.optim.Muon, {}),
     (Counting, {}),
+    (Remembering, {}),
 ]
 
 every_class = pytest.mark.parametrize(
@@ -224,6 +247,19 @@ def test_donated_equals_pure(cls: type[Optimizer], options: dict[str, Any]) -> N
     assert {name: t.data_ptr() for name, t in donated.items()} == pointers
 
 
+@every_class
+def test_memory_is_apart_from_parameters_and_gradients(cls: type[Optimizer], options: dict[str, Any]) -> None:
+    def storages(found: Any) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in found.values(True, True)}
+
+    tx = from_torch(cls, lr=0.1, **options)
+    params, opt_state = tree.clone(run(tx, params_for(cls), 2))
+    grads = grads_of(params, 2)
+    with tree.donate(params, opt_state, grads):
+        params, opt_state = tx.apply(grads, opt_state, params)
+    assert not storages(opt_state) & (storages(params) | storages(grads))
+
+
 def test_donated_moments_keep_their_memory() -> None:
     params = params_for(torch.optim.Adam)
     tx = from_torch(torch.optim.Adam, lr=0.1)
@@ -256,6 +292,12 @@ def test_numbers_travel_as_tensors_under_readable_names() -> None:
     assert tree.leaves(opt_state["memory"]["unused"]) == []
     assert opt_state["group"]["calls"].item() == 3
     assert sorted(opt_state["group"].keys()) == ["calls", "longest"]
+
+
+def test_finding_the_layout_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    from_torch(Noisy, lr=0.1).init(params_for(Noisy))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_parameters_are_no_work() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import Logger
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -72,7 +74,7 @@ class Compiler:
         self.without_wrapper: list[str] = []
 
     def compile(self, fn: Callable[..., Any], *, fullgraph: bool) -> Callable[..., Any]:
-        return torch.compile(fn, fullgraph=fullgraph, dynamic=self._dynamic, backend=self._backend)
+        return torch.compile(_own_code(fn), fullgraph=fullgraph, dynamic=self._dynamic, backend=self._backend)
 
     def breaks(self) -> tuple[str, ...]:
         """Why graphs ended early since this compiler was made, each reason in one line."""
@@ -94,6 +96,20 @@ class Compiler:
             compiled = compile_fx(graph, inputs, config_patches={**self._options, "cpp_wrapper": False})
             self.without_wrapper.append(cause(error))
             return compiled
+
+
+def _own_code(fn: Any) -> Any:
+    """The function with a code object of its own, under a name of its own.
+
+    Dynamo keeps what it compiled with the code object and gives up at the ninth graph of one; and it remembers by name
+    which sizes differed between calls, and makes them symbolic. All steps have the same code, but they are other
+    programs with other sizes.
+    """
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_count)}")
+    return FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+
+
+_count = itertools.count()
 
 
 FOR_REGIONS = {"allow_buffer_reuse": False, "cpp_wrapper": False}

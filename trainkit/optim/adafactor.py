@@ -154,5 +154,5 @@ def _vector_zeros(params: Params) -> TensorDict:
 
 
 def _zeros_of(params: Params, make: Callable[[Tensor], Tensor | None]) -> TensorDict:
-    made = zip(params.keys(), map(make, tree.leaves(params)), strict=True)
-    return tree.frozen({str(name): zeros for name, zeros in made if zeros is not None})
+    made = {name: make(p) for name, p in tree.named(params).items()}
+    return tree.frozen({name: zeros for name, zeros in made.items() if zeros is not None})

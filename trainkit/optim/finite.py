@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainkit import tree
 from trainkit.optim.torch_kernels import device_of
-from trainkit.optim.transform import REPORT, Transform, with_entries
+from trainkit.optim.transform import REPORT, Transform, UpdateFn, with_entries
 from trainkit.types import OptState, Params
 
 T = TypeVar("T", Tensor, TensorDict)
@@ -20,9 +20,9 @@ T = TypeVar("T", Tensor, TensorDict)
 def skip_nonfinite(tx: Transform) -> Transform:
     """Leave parameters and optimizer state as they are where any gradient holds an infinity or a NaN.
 
-    The choice is made on the device, number by number. ``skipped`` is reported: 1 for an update that was left out,
-    else 0. Outside of a graph it costs a second set of parameters and state while the update runs; inside, nothing
-    but the test.
+    The device makes the choice, number by number, so the host never waits for it; outside of a graph that takes a
+    second set of parameters and state while the update runs. On a CPU the host looks, and nothing runs that is not
+    needed. ``skipped`` is reported: 1 for an update that was left out, else 0.
 
     Args:
         tx: what to run. It sees zeros instead of the gradients that are not finite, so that no decomposition fails.
@@ -67,20 +67,25 @@ def guarded(
         return tree.frozen({"inner": tx.init(params), **init_own(params)})
 
     def update(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
-        finite = tree.all_finite(tree.leaves(grads))
-        with tree.keep():
-            updates, inner = tx.update(_or_zero(finite, grads), opt_state["inner"], params, **extra)
-        return _or_zero(finite, updates), close(finite, inner, opt_state)
+        return through(tx.update, tree.zeros_like(grads), grads, opt_state, params, extra)
 
     def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
-        finite = tree.all_finite(tree.leaves(grads))
-        with tree.keep():
-            new, inner = tx.apply(_or_zero(finite, grads), opt_state["inner"], params, **extra)
-        return select(finite, new, params), close(finite, inner, opt_state)
+        return through(tx.apply, params, grads, opt_state, params, extra)
 
-    def close(finite: Tensor, inner: OptState, opt_state: OptState) -> OptState:
-        inner = select(finite, inner, opt_state["inner"])
-        return with_entries(opt_state, {"inner": inner, **own_after(opt_state, finite)})
+    def through(
+        rule: UpdateFn, otherwise: Params, grads: Params, opt_state: OptState, params: Params, extra: dict[str, Any]
+    ) -> tuple[Params, OptState]:
+        finite, before = tree.all_finite(tree.leaves(grads)), opt_state["inner"]
+        own = own_after(opt_state, finite)
+        if not _is_free(finite):
+            with tree.keep():
+                out, inner = rule(_or_zero(finite, grads), before, params, **extra)
+            out, inner = select(finite, out, otherwise), select(finite, inner, before)
+        elif bool(finite):
+            out, inner = rule(grads, before, params, **extra)
+        else:
+            out, inner = otherwise, before
+        return out, with_entries(opt_state, {"inner": inner, **own})
 
     return Transform(init, update, apply)
 
@@ -104,11 +109,17 @@ def select(condition: Tensor, new: T, old: T) -> T:
         return with_entries(before, {name: select(condition, child, before[name]) for name, child in new.items()})
     if new is old:
         return old
-    # Neither a graph nor vmap takes ``out``.
-    if not tree.has_foreach():
-        return torch.where(condition, new, old)
-    (out,) = tree.writable([old])
-    return torch.where(condition, new, out, out=out)
+    donated = tree.is_donated([old])
+    if not _is_free(condition):
+        return torch.where(condition, new, old, out=old) if donated else torch.where(condition, new, old)
+    if not bool(condition):
+        return old
+    return old.copy_(new) if donated else new
+
+
+def _is_free(condition: Tensor) -> bool:
+    """Whether the host may look at the value without waiting: then it need not run both ways and choose."""
+    return condition.is_cpu and tree.has_foreach()
 
 
 def _or_zero(finite: Tensor, updates: Params) -> Params:

@@ -57,7 +57,7 @@ def from_torch(cls: type[Optimizer], **kwargs: Any) -> Transform:
     lifted: dict[Any, _Lifted] = {}
 
     def lift(params: Params) -> _Lifted:
-        key = tuple((name, p.shape, p.dtype, p.device) for name, p in _named(params))
+        key = tuple((name, p.shape, p.dtype, p.device) for name, p in tree.named(params).items())
         if key not in lifted:
             lifted[key] = _Lifted.of(factory, params)
         return lifted[key]
@@ -206,7 +206,7 @@ class _Lifted:
         """Find the layout by two steps on copies, of which the second must not change it."""
         scratch = factory([t.detach().clone() for t in tree.leaves(params)], 0)
         attributes, group = _numbers_in(vars(scratch)), _numbers_in(scratch.param_groups[0])
-        names = [name for name, _ in _named(params)]
+        names = list(tree.named(params))
         with rng.seeded(0, device_of(params)):
             first, second = (_after_trial_step(scratch, names) for _ in range(2))
         forms, memory = first
@@ -347,12 +347,8 @@ def _parameters(stepper: Optimizer) -> list[Tensor]:
     return list(stepper.param_groups[0]["params"])
 
 
-def _named(params: Params) -> list[tuple[str, Tensor]]:
-    return list(zip(map(str, params.keys()), tree.leaves(params), strict=True))
-
-
 def _writable(tensors: Any) -> dict[str, Tensor]:
-    return dict(zip(tensors.keys(), tree.writable(tree.leaves(tensors)), strict=True))
+    return dict(zip(tree.named(tensors), tree.writable(tree.leaves(tensors)), strict=True))
 
 
 def _storage(t: Tensor) -> int:

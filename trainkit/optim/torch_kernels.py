@@ -97,13 +97,14 @@ def in_order(grads: Params, params: Params) -> list[Tensor]:
     """
     if list(grads.keys()) == list(params.keys()):
         return tree.leaves(grads)
-    return [grads[name] for name, _ in params.items()]
+    found = tree.named(grads)
+    return [found[name] for name in tree.named(params)]
 
 
 def fitted(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     """The gradients in the dtypes and, outside of a graph, the memory layouts of the parameters.
 
-    The fused kernels on a CPU walk the memory of all their arguments alike and do not look at strides, and
+    The fused kernels on a CPU walk the memory of all their arguments from end to end and do not look at strides, and
     ``torch.autograd.grad`` promises none: the gradient of a sum is one number with strides of zero.
     """
     pairs = zip(grads, params, strict=True)
@@ -162,7 +163,8 @@ def fused(
     """Run one of torch's fused kernels, if it can take these tensors; False if it cannot and nothing was done.
 
     The wrappers in ``torch.optim`` spend five times as long as the kernel itself on small parameters: they group the
-    tensors by device and advance a counter for each. Here one counter serves all, which the kernel only reads.
+    tensors by device and advance a counter for each. Here one counter serves all, which the kernel only reads. They
+    look at no strides either, so tensors of different layouts, or with gaps, are left to the other forms.
 
     Args:
         op: the kernel, ``torch._fused_adamw_`` or one of its siblings.
@@ -178,6 +180,7 @@ def fused(
         torch.compiler.is_compiling()
         or not all(dtype.is_floating_point and _has_kernel(op, of, device.type) for of, dtype, device in kinds)
         or any([t.stride() for t in column] != strides for column in columns if column)
+        or not all(p.is_contiguous() or p.stride() == torch.empty_like(p).stride() for p in params)
     ):
         return False
     for kind in kinds:
@@ -237,7 +240,7 @@ def check_betas(betas: tuple[float, float]) -> None:
 
 def check_real(params: Params, optimizer_name: str) -> None:
     """Raise ValueError if a parameter is complex."""
-    found = [str(name) for name, p in zip(params.keys(), tree.leaves(params), strict=True) if p.is_complex()]
+    found = [name for name, p in tree.named(params).items() if p.is_complex()]
     if found:
         raise ValueError(
             f"params: {', '.join(found)} complex, expected real tensors for {optimizer_name}; "
