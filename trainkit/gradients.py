@@ -222,4 +222,9 @@ def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> 
             f"params: no gradient reached {', '.join(missing)}. Freeze them (requires_grad=False before init_state), "
             "use them in the loss, or pass unused='zero'"
         )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True)]
+    return [torch.zeros_like(p) if g is None else _dense(g) for p, g in zip(inputs, found, strict=True)]
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """The gradient of a sum is one number with strides of zero, which nobody could scale in place."""
+    return grad.clone(memory_format=torch.contiguous_format) if 0 in grad.stride() else grad

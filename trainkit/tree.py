@@ -35,9 +35,10 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
     """
     if torch.compiler.is_compiling():
         # Inside a graph nobody can hold on to the tree, and locking there only warns.
-        return TensorDict(mapping or {}, batch_size=[])
+        return TensorDict({} if mapping is None else mapping, batch_size=[])
     # A locked tree remembers every tree that it is put into, for ever; a shallow copy starts without memories.
-    entries = {k: v.copy() if isinstance(v, TensorDict) else v for k, v in (mapping or {}).items()}
+    given = () if mapping is None else mapping.items()
+    entries = {name: v.copy() if isinstance(v, TensorDict) else v for name, v in given}
     return TensorDict(entries, batch_size=[]).lock_()
 
 

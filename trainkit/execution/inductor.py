@@ -43,7 +43,9 @@ def cause(error: BaseException) -> str:
     while isinstance(inner := getattr(error, "inner_exception", None) or error.__cause__, Exception):
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    # Dynamo puts a title first and says below what that means here.
+    told = [*lines[:1], *(line for line in lines[1:] if line.startswith("Explanation:"))]
+    return f"{type(error).__name__}: {' '.join(told) or 'no message'}"
 
 
 @contextmanager

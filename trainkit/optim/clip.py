@@ -138,6 +138,9 @@ def adaptive_clip(max_ratio: float = 0.01, *, eps: float = 1e-3) -> Transform:
 def unit_norms(tensor: Tensor) -> Tensor:
     """The L2 norm of each unit in at least float32, with axes of size one for those that were summed.
 
+    Args:
+        tensor: [units, ...], or a single unit of fewer than two axes.
+
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 1.0]])), unit_norms(torch.tensor([3.0, 4.0]))
         (tensor([[5.],

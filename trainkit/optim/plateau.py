@@ -98,6 +98,10 @@ def reduce_on_plateau(
 def init_plateau(device: torch.device, *, mode: Literal["min", "max"] = "min") -> OptState:
     """The state before anything was watched: a scale of 1 and the worst value as the best so far.
 
+    Args:
+        device: where the step runs.
+        mode: that of the rule.
+
     Example:
         >>> float(init_plateau(torch.device("cpu"))["report"]["plateau_scale"])
         1.0

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from trainkit import tree
+from trainkit.schedules import real_dtype
 from trainkit.types import OptState, Params, Schedule
 
 
@@ -161,7 +162,7 @@ def as_schedule(value: float | Tensor | Schedule) -> Schedule:
     if callable(value):
         return value
     if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool):
-        return lambda step: torch.as_tensor(value, dtype=torch.float32, device=step.device)
+        return lambda step: torch.as_tensor(value, dtype=real_dtype(step.device), device=step.device)
     raise TypeError(f"schedule: got {type(value).__name__}, expected a number or a function of the step tensor")
 
 
