@@ -35,7 +35,7 @@ class Loop:
 
 
 def by_hand(size: str, *, compiled: bool, depth: int | None = None) -> Loop:
-    """The usual loop with fused AdamW; ``compiled`` puts ``torch.compile`` on the model and its loss, as nanoGPT has it."""
+    """The usual loop with fused AdamW; ``compiled`` puts ``torch.compile`` on the model and its loss, as in nanoGPT."""
     module, (x, y) = make_model(size, depth), make_batch(size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=0.1, fused=True)
 

@@ -38,12 +38,16 @@ def timed(loop: Loop) -> float:
 
 
 def peak_bytes(loop: Loop) -> int:
-    """Bytes of tensors alive at the worst moment of a step: what persists, and the highest sum of what came and went."""
+    """Bytes of tensors alive at the worst moment of a step: what persists, and the highest sum of what came."""
     gc.collect()
     persistent = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in loop.persistent()}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         loop.step()
-    changes = [e.nbytes() for e in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    changes = [
+        e.nbytes()
+        for e in sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        if e.name() == "[memory]"
+    ]
     alive = worst = 0
     for change in changes:
         alive += change
@@ -86,12 +90,18 @@ def in_fresh_process(*arguments: str) -> Any:
     with tempfile.TemporaryDirectory() as cache:
         out = Path(cache) / "result.json"
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        subprocess.run([sys.executable, "-m", "benchmarks.step", "--out", str(out), *arguments], check=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.step", "--out", str(out), *arguments], check=True, env=environment
+        )
         return json.loads(out.read_text())
 
 
 def environment() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "command": "python -m benchmarks.step",
         "processor": names[0] if names else platform.processor(),
@@ -109,7 +119,8 @@ def show(result: dict[str, Any]) -> None:
         ratio = f"{result['time_ratio'][name]:.3f}" if name in PEER else ""
         memory = f"{result['memory_ratio'][name]:.3f}" if name in PEER else ""
         peak = result["peak_bytes"][name] / 2**20
-        print(f"  {name:20} {seconds * 1e3:9.3f} {ratio:>7} {peak:9.2f} {memory:>7} {result['first_call_seconds'][name]:13.1f}")
+        first = result["first_call_seconds"][name]
+        print(f"  {name:20} {seconds * 1e3:9.3f} {ratio:>7} {peak:9.2f} {memory:>7} {first:13.1f}")
     print(f"  trainkit compiled / hand eager: {result['time_ratio']['trainkit, compiled / hand, eager']:.3f}")
 
 
@@ -123,7 +134,11 @@ def main() -> None:
     parser.add_argument("--depth", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.out:
-        one = measure(arguments.measure) if arguments.measure else measure_depth(arguments.depth[0], int(arguments.depth[1]))
+        one = (
+            measure(arguments.measure)
+            if arguments.measure
+            else measure_depth(arguments.depth[0], int(arguments.depth[1]))
+        )
         arguments.out.write_text(json.dumps(one))
         return
     report: dict[str, Any] = {"environment": environment(), "steps": [], "compile_by_depth": []}

@@ -11,8 +11,8 @@ from hypothesis import settings
 
 # Tiny tensors: a second thread only adds waiting, and on a shared machine noise.
 torch.set_num_threads(1)
-# The first call after a compilation takes seconds, so no deadline; nothing is kept between runs, and all runs are alike.
-# `pytest --hypothesis-profile=explore` draws new examples each time.
+# The first call after a compilation takes seconds, so no deadline; nothing is kept between runs, and all runs are
+# alike. `pytest --hypothesis-profile=explore` draws new examples each time.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=20)
 settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("suite")

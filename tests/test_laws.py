@@ -22,8 +22,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trainkit import LossOutput, SpentStateError, TrainState, accumulate, functional, init_state, make_train_step
-from trainkit import value_and_grad
+from trainkit import (
+    LossOutput,
+    SpentStateError,
+    TrainState,
+    accumulate,
+    functional,
+    init_state,
+    make_train_step,
+    value_and_grad,
+)
 from trainkit.execution import compile_step
 from trainkit.execution.activation import remat
 from trainkit.execution.population import member_value_and_grad, over_population, stack_states, unstack_states
@@ -167,7 +175,9 @@ class TestDonation:
     parameter after it was written over."""
 
     @given(seeds, seeds)
-    def test_a_donating_step_writes_over_the_state_and_gives_the_bits_of_the_pure_one(self, values: int, data: int) -> None:
+    def test_a_donating_step_writes_over_the_state_and_gives_the_bits_of_the_pure_one(
+        self, values: int, data: int
+    ) -> None:
         step, first = noisy()
         state, batch = with_values(first, values), make_batch(data)
         expected = step(state, batch)
@@ -210,8 +220,7 @@ def weighted_parts(draw: st.DrawFn) -> tuple[list[int], list[float]]:
     """Sizes of microbatches, and a weight per row; whole parts may weigh nothing."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     weights = [
-        draw(st.sampled_from([0.0, 1.0, 0.25, 3.0]) if draw(st.booleans()) else st.just(0.0))
-        for _ in range(sum(sizes))
+        draw(st.sampled_from([0.0, 1.0, 0.25, 3.0]) if draw(st.booleans()) else st.just(0.0)) for _ in range(sum(sizes))
     ]
     return sizes, weights
 
@@ -251,7 +260,7 @@ class TestAccumulation:
 
 # -- 4 -------------------------------------------------------------------------------------------------------------
 
-RATE = torch.tensor(0.1)
+RATE = torch.tensor(0.1, dtype=torch.float64)
 """The learning rate of this law's steps, which differs between examples."""
 GRAPHS = {"eager": 0, "split": 2, "whole": 1, "eager, recomputing": 0, "whole, recomputing": 1}
 """How many graphs each execution has, and compiles in the course of all examples."""

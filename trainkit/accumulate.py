@@ -59,9 +59,9 @@ def accumulate(gradient: GradientFn, n: int | None = None) -> GradientFn:
 
 def add_gradients(total: Gradients, one: Gradients) -> Gradients:
     """The gradients of two batches together; ``buffers`` are those of the later one."""
-    summed = tree.writable(total.grads.values())
+    summed = tree.writable(tree.leaves(total.grads))
     if not tree.has_foreach():
-        summed = [a + b for a, b in zip(summed, one.grads.values(), strict=True)]
+        summed = [a + b for a, b in zip(summed, tree.leaves(one.grads), strict=True)]
     else:
         torch._foreach_add_(summed, tree.leaves(one.grads))
     return Gradients(

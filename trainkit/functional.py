@@ -44,10 +44,10 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
 
     def call(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         # Frozen parameters travel with the buffers; nothing writes into them, so they need no copy.
-        rest = dict(buffers.items())
+        rest = tree.named(buffers)
         mutable = [name for name in rest if name in buffer_slots]
         fresh = zip(mutable, tree.writable([rest[name] for name in mutable]), strict=True)
-        given = dict(params.items()) | rest | dict(fresh)
+        given = tree.named(params) | rest | dict(fresh)
         _check_names(slots, given)
         before = _fill(slots, given)
         modes = _set_modes(module, training)
@@ -110,4 +110,6 @@ def _check_names(slots: dict[str, list[_Slot]], given: dict[str, Tensor]) -> Non
         if missing:
             raise KeyError(f"params/buffers lack {missing[0]!r} (and {len(missing) - 1} more) that the module has")
         foreign = [name for name in given if name not in slots]
-        raise KeyError(f"params/buffers hold {foreign[0]!r} (and {len(foreign) - 1} more) that the module does not have")
+        raise KeyError(
+            f"params/buffers hold {foreign[0]!r} (and {len(foreign) - 1} more) that the module does not have"
+        )

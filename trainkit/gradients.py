@@ -28,8 +28,8 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         loss: ``(params, buffers, batch) -> LossOutput``.
         rank: this process' place among the data-parallel ones, so that each draws its own dropout.
         unused: what a parameter without gradient means: "error", or "zero" for models that use parts by turns.
-        scale: multiplies the mean loss (``loss_sum / weight``) before the backward pass, so that a scale fits batches of any
-            weight; the gradients are divided by the same number afterwards.
+        scale: multiplies the mean loss (``loss_sum / weight``) before the backward pass, so that a scale fits batches
+            of any weight; the gradients are divided by the same number afterwards.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -52,7 +52,8 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         attached = attached_params(state)
-        names, inputs = list(attached.keys()), tree.leaves(attached)
+        named = tree.named(attached)
+        names, inputs = list(named), list(named.values())
         with _draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
             factor = None if scale is None else _mean_scale(scale(state), out)
@@ -96,20 +97,20 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
-        inputs = [own[name] for name in state.params.keys()]
+        names = list(tree.named(state.params))
+        inputs: list[Tensor] = [own[name] for name in names]
         before = [(p.data, p.grad) for p in inputs]
-        for p, t in zip(inputs, state.params.values(), strict=True):
+        for p, t in zip(inputs, tree.leaves(state.params), strict=True):
             p.data, p.grad = t, None
         try:
             with _draws_of(state, rank), torch.enable_grad():
                 out = checked(loss(tree.like(state.params, inputs), state.buffers, batch))
                 _check_attached(out.loss_sum)
-                out.loss_sum.backward()
+                torch.autograd.backward(out.loss_sum)
             found = [p.grad for p in inputs]
         finally:
             for p, (data, grad) in zip(inputs, before, strict=True):
                 p.data, p.grad = data, grad
-        names = list(state.params.keys())
         grads = _filled(names, inputs, found, unused)
         tree.release(grads)
         return finished(state, out, dict(zip(names, grads, strict=True)))
@@ -153,7 +154,7 @@ def per_example_grads(loss: LossFn, *, rank: int = 0) -> GradientFn:
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         rows = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, None, 0), randomness="different")
         with _draws_of(state, rank):
-            grads, (loss_sum, weight, metrics) = rows(dict(state.params.items()), state.buffers, batch)
+            grads, (loss_sum, weight, metrics) = rows(tree.named(state.params), state.buffers, batch)
         return Gradients(tree.frozen(grads), loss_sum, weight, metrics, state.buffers)
 
     return gradients
@@ -171,7 +172,11 @@ def checked(out: Any) -> LossOutput:
             "for a mean over n rows that is LossOutput(mean * n, n)."
         )
     if not isinstance(out.loss_sum, Tensor) or out.loss_sum.dim() != 0 or not out.loss_sum.is_floating_point():
-        got = f"{out.loss_sum.dtype} of shape {tuple(out.loss_sum.shape)}" if isinstance(out.loss_sum, Tensor) else type(out.loss_sum).__name__
+        got = (
+            f"{out.loss_sum.dtype} of shape {tuple(out.loss_sum.shape)}"
+            if isinstance(out.loss_sum, Tensor)
+            else type(out.loss_sum).__name__
+        )
         raise TypeError(f"loss: loss_sum is {got}, expected a floating tensor of shape (): sum over rows and tokens")
     if isinstance(out.weight, Tensor) and out.weight.dim() != 0:
         raise TypeError(f"loss: weight has shape {tuple(out.weight.shape)}, expected (): the sum of the weights")
@@ -181,7 +186,13 @@ def checked(out: Any) -> LossOutput:
 def finished(state: TrainState, out: LossOutput, grads: dict[str, Tensor]) -> Gradients:
     """Put a loss output and its gradients together, detached."""
     buffers = state.buffers if out.buffers is None else out.buffers
-    return Gradients(tree.like(state.params, list(grads.values())), out.loss_sum.detach(), weight_of(out), _detached(dict(out.metrics)), buffers)
+    return Gradients(
+        tree.like(state.params, list(grads.values())),
+        out.loss_sum.detach(),
+        weight_of(out),
+        _detached(dict(out.metrics)),
+        buffers,
+    )
 
 
 def weight_of(out: LossOutput) -> Tensor:

@@ -116,11 +116,12 @@ def seed_of(state: TrainState, rank: int = 0) -> int:
 def attached_params(state: TrainState) -> Params:
     """The parameters as leaves of a new autograd graph: the same memory, requiring gradients.
 
-    Kept with the state, since making them costs 1 microsecond per parameter and a step in place has the same ones again.
+    Kept with the state, since making them costs 1 microsecond per parameter and a step in place has the same ones
+    again.
     """
     kept = None if torch.compiler.is_compiling() else state.__dict__.get("_attached")
     if kept is None:
-        kept = tree.like(state.params, [t.detach().requires_grad_() for t in state.params.values()])
+        kept = tree.like(state.params, [t.detach().requires_grad_() for t in tree.leaves(state.params)])
         if not torch.compiler.is_compiling():
             state.__dict__["_attached"] = kept
     return kept
@@ -189,7 +190,7 @@ def write_to(module: nn.Module, state: TrainState) -> None:
     """
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
-        for name, tensor in (*state.params.items(), *state.buffers.items()):
+        for name, tensor in (tree.named(state.params) | tree.named(state.buffers)).items():
             if name not in own:
                 raise KeyError(f"module has no parameter or buffer {name!r}; is the state another model's?")
             own[name].copy_(tensor)

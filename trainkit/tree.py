@@ -15,12 +15,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Ownership = dict[int, "weakref.ref[Tensor]"]
-"""The tensors that may be overwritten, by ``id``. Weak, so that a scope keeps no temporaries alive; and compared on use,
+"""The tensors that may be overwritten, by ``id``. Weak, so that a scope keeps no temporaries alive; compared on use,
 since ids are given again."""
 
 _donated: ContextVar[Ownership | None] = ContextVar("donated", default=None)
@@ -39,12 +39,14 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
     # A locked tree remembers every tree that it is put into, for ever; a shallow copy starts without memories.
     given = () if mapping is None else mapping.items()
     entries = {name: v.copy() if isinstance(v, TensorDict) else v for name, v in given}
-    return TensorDict(entries, batch_size=[]).lock_()
+    tree = TensorDict(entries, batch_size=[])
+    tree.lock_()
+    return tree
 
 
 def leaves(tree: TensorDict) -> list[Tensor]:
     """The tensors of a flat tree, in the order of its names."""
-    return list(tree.values())
+    return list(named(tree).values())
 
 
 def named(tree: TensorDict) -> dict[str, Tensor]:
@@ -60,10 +62,10 @@ def named(tree: TensorDict) -> dict[str, Tensor]:
 
 def like(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
     """A tree with the names of ``tree`` and the given tensors; ``tree`` itself if they are its own."""
-    own = list(tree.values())
-    if len(own) == len(tensors) and all(map(operator.is_, own, tensors)):
+    own = named(tree)
+    if len(own) == len(tensors) and all(map(operator.is_, own.values(), tensors)):
         return tree
-    return frozen(dict(zip(tree.keys(), tensors, strict=True)))
+    return frozen(dict(zip(own, tensors, strict=True)))
 
 
 def map_tensors(fn: Callable[..., Tensor], tree: TensorDict, *others: TensorDict) -> TensorDict:
@@ -73,13 +75,13 @@ def map_tensors(fn: Callable[..., Tensor], tree: TensorDict, *others: TensorDict
         >>> map_tensors(torch.add, frozen({"w": torch.ones(2)}), frozen({"w": torch.ones(2)}))["w"]
         tensor([2., 2.])
     """
-    columns = [[other[name] for name in tree.keys()] for other in others]
-    return like(tree, [fn(*row) for row in zip(tree.values(), *columns, strict=True)])
+    columns = [named(other) for other in others]
+    return like(tree, [fn(tensor, *(column[name] for column in columns)) for name, tensor in named(tree).items()])
 
 
 def zeros_like(tree: TensorDict, dtype: torch.dtype | None = None) -> TensorDict:
     """Zeros in the shapes of a flat tree, in ``dtype`` where it is given."""
-    return like(tree, [torch.zeros_like(t, dtype=dtype) for t in tree.values()])
+    return like(tree, [torch.zeros_like(t, dtype=dtype) for t in leaves(tree)])
 
 
 def clone(tree: Any) -> Any:
@@ -248,7 +250,7 @@ def assign(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
     """
     if not is_donated(leaves(tree)):
         return like(tree, tensors)
-    for old, new in zip(tree.values(), tensors, strict=True):
+    for old, new in zip(leaves(tree), tensors, strict=True):
         old.copy_(new)
     return tree
 
@@ -278,7 +280,7 @@ def _own_copy(owned: Ownership, tensor: Tensor) -> Tensor:
 
 def scaled(tree: TensorDict, factor: Tensor) -> TensorDict:
     """Every tensor times a 0-d factor, in its own dtype."""
-    out = writable(tree.values())
+    out = writable(leaves(tree))
     if not has_foreach():
         return like(tree, [(t * factor).to(t.dtype) for t in out])
     torch._foreach_mul_(out, factor)

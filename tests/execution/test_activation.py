@@ -13,8 +13,10 @@ class Net(nn.Module):
     def __init__(self, depth: int = 4, width: int = 32, dropout: float = 0.2):
         super().__init__()
         torch.manual_seed(0)
-        make = lambda: nn.Sequential(nn.Linear(width, 8 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(8 * width, width))
-        self.blocks = nn.ModuleList(make() for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 8 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(8 * width, width))
+            for _ in range(depth)
+        )
 
     def forward(self, x):
         for block in self.blocks:
@@ -52,10 +54,12 @@ def test_keeps_only_the_inputs_of_the_blocks():
 
     def saved_bytes(loss):
         kept = {}
+
         def pack(t):
             if t.untyped_storage().data_ptr() not in parameters:
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             inputs = state.params.apply(lambda t: t.detach().requires_grad_())
             parameters.update(t.untyped_storage().data_ptr() for t in inputs.values())

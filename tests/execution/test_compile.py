@@ -24,7 +24,9 @@ def make_loss(module, **kwargs):
 
     def loss(params, buffers, batch):
         logits, buffers = model(params, buffers, batch["x"])
-        return LossOutput(F.cross_entropy(logits, batch["y"], reduction="sum", **kwargs), batch["y"].numel(), buffers=buffers)
+        return LossOutput(
+            F.cross_entropy(logits, batch["y"], reduction="sum", **kwargs), batch["y"].numel(), buffers=buffers
+        )
 
     return loss
 
@@ -77,7 +79,7 @@ def test_equals_the_plain_loop_and_compiles_once(compiled, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_donation_reuses_the_memory_and_spends_the_state(compiled, strategy):
     state = init_state(make_module(), make_optimizer())
-    held = {name: tensor for name, tensor in state.params.items()}
+    held = dict(state.params.items())
     pointers = {name: tensor.data_ptr() for name, tensor in held.items()}
     before = {name: tensor.clone() for name, tensor in held.items()}
     after, _ = compiled[strategy](state, make_batch())

@@ -54,7 +54,9 @@ def by_hand(dtype, steps=5):
     return dict(module.named_parameters())
 
 
-@pytest.mark.parametrize(("policy", "dtype"), [(full(), torch.float32), (bf16_mixed(), torch.bfloat16), (fp16_mixed(), torch.float16)])
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [(full(), torch.float32), (bf16_mixed(), torch.bfloat16), (fp16_mixed(), torch.float16)]
+)
 def test_equals_the_loop_under_autocast(policy, dtype):
     params = trained(policy, strategy="eager").state.params
     for name, expected in by_hand(dtype).items():
@@ -125,7 +127,9 @@ def test_pure_bf16_compiled_rounds_like_eager():
         torch.testing.assert_close(whole.params[name].float(), expected.float(), rtol=2.0**-7, atol=2.0**-12)
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20), st.integers(0, 2**32))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20), st.integers(0, 2**32)
+)
 def test_rounding_gives_a_neighbour(values, seed):
     value = torch.tensor(values, dtype=torch.float32)
     rounded = round_stochastically(value, torch.bfloat16, make_key(seed)).float()
@@ -142,5 +146,5 @@ def test_rounding_keeps_infinities_and_nan():
 
 
 def test_float64_parameters_are_refused():
-    with pytest.raises(ValueError, match="params: 'w' is torch.float64, expected bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"params: 'w' is torch\.float64, expected bfloat16 or float32"):
         stochastically_rounded(sgd(0.1)).init(frozen({"w": torch.ones(1, dtype=torch.float64)}))

@@ -20,7 +20,9 @@ def make_loss(module):
 
     def loss(params, buffers, batch):
         logits, _ = model(params, buffers, batch[:, :-1])
-        return LossOutput(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"), batch[:, 1:].numel())
+        return LossOutput(
+            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"), batch[:, 1:].numel()
+        )
 
     return loss
 

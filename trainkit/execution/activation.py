@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ from trainkit.types import Batch, Buffers, LossFn, LossOutput, Params
 def remat(loss: LossFn, module: nn.Module, pattern: str) -> LossFn:
     """Recompute the activations inside of some submodules during the backward pass, instead of keeping them.
 
-    Memory falls to the inputs of those submodules, for one more forward pass through them. Values do not change, dropout
-    included: the random state is replayed.
+    Memory falls to the inputs of those submodules, for one more forward pass through them. Values do not change,
+    dropout included: the random state is replayed.
 
     Args:
         loss: a loss that calls ``module``.
@@ -57,10 +58,12 @@ def _recomputing(submodule: nn.Module) -> Callable[..., Any]:
     """The submodule's forward, checkpointed.
 
     The recomputation happens when the module has its own tensors back, so those of the forward pass are handed
-    along explicitly. Inside a graph recomputation is the compiler's, with the tensors it traced.
+    along explicitly; buffers as they were before it, in copies, since it would write statistics a second time.
+    Inside a graph recomputation is the compiler's, with the tensors it traced.
     """
     forward = submodule.forward
     slots = slots_of(submodule)
+    buffers = {name for name, _ in submodule.named_buffers()}
 
     def with_tensors(tensors: list[Any], *args: Any, **kwargs: Any) -> Any:
         before = [holder[leaf] for places in slots.values() for holder, leaf in places]
@@ -74,7 +77,13 @@ def _recomputing(submodule: nn.Module) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         tensors = [holder[leaf] for places in slots.values() for holder, leaf in places]
-        return checkpoint(with_tensors, tensors, *args, use_reentrant=False, **kwargs)
+        kept = [
+            holder[leaf].clone() if name in buffers else holder[leaf]
+            for name, places in slots.items()
+            for holder, leaf in places
+        ]
+        passes = itertools.chain([tensors], itertools.repeat(kept))
+        return checkpoint(lambda *a, **k: with_tensors(next(passes), *a, **k), *args, use_reentrant=False, **kwargs)
 
     return recomputing
 

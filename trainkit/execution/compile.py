@@ -7,8 +7,8 @@ Three strategies with one meaning:
 - ``eager``: nothing compiled.
 
 Donation: the new values are written over the old ones, so the peak memory is that of a loop that updates in place, and
-the state that was given is spent. In a graph this is a ``copy_`` per leaf at its end, which Inductor turns into updates in
-place; in the eager strategy it is the donation scope of :mod:`trainkit.tree`.
+the state that was given is spent. In a graph this is a ``copy_`` per leaf at its end, which Inductor turns into
+updates in place; in the eager strategy it is the donation scope of :mod:`trainkit.tree`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
+from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -72,7 +72,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"strategy: {self.strategy} (requested: {self.requested})",
-            f"graphs per step: {self.graphs}, graph breaks: {len(self.breaks)}, compilations so far: {self.compilations}",
+            f"graphs per step: {self.graphs}, breaks: {len(self.breaks)}, compilations so far: {self.compilations}",
             f"memory donated: {self.donated_bytes / 2**20:.1f} MiB" if self.donates else "memory donated: none",
         ]
         lines += [f"graph break: {reason}" for reason in self.breaks]
@@ -103,7 +103,8 @@ def compile_step(
             :class:`trainkit.SpentStateError`. False keeps it, at the price of a second set of buffers.
         rank: this process' place among the data-parallel ones; seeds the random draws of a whole graph, as
             ``value_and_grad(rank=...)`` does elsewhere.
-        dynamic: passed to ``torch.compile``: None makes a dimension symbolic once it has changed, False compiles per shape.
+        dynamic: passed to ``torch.compile``: None makes a dimension symbolic once it has changed, False compiles per
+            shape.
         same_random: draw dropout masks with the eager generators, so that a compiled step has the masks of the eager
             one; costs the fusion of the draws. By default a graph draws with its own, as deterministic, generator.
         options: Inductor options over the defaults of :func:`trainkit.execution.inductor.default_options`.
@@ -129,7 +130,14 @@ def compile_step(
     """
     if strategy not in ("auto", *_ORDER):
         raise ValueError(f"strategy: got {strategy!r}, expected 'auto', 'whole', 'split' or 'eager'")
-    return CompiledStep(step, strategy, donate, rank, dynamic, {**inductor.default_options(), "fallback_random": same_random, **(options or {})})
+    return CompiledStep(
+        step,
+        strategy,
+        donate,
+        rank,
+        dynamic,
+        {**inductor.default_options(), "fallback_random": same_random, **(options or {})},
+    )
 
 
 class CompiledStep:
@@ -266,7 +274,9 @@ def _whole_text(step: StepFn, structure: Any, batch_spec: Any, donate: bool) -> 
         after, metrics = step(state, pytree.tree_unflatten(batch_leaves, batch_spec))
         new = pytree.tree_leaves(after)
         if len(new) != len(leaves):
-            raise ValueError("step: returned a state of another structure than it was given; add fields before the loop")
+            raise ValueError(
+                "step: returned a state of another structure than it was given; add fields before the loop"
+            )
         if not donate:
             return new, metrics
         _write(leaves, new)
@@ -308,7 +318,8 @@ def _cached(state: TrainState, name: str, make: Callable[[TrainState], Any]) -> 
 
 
 def _leaves(state: TrainState) -> list[Tensor]:
-    return _cached(state, "_leaves", pytree.tree_leaves)
+    leaves: list[Tensor] = _cached(state, "_leaves", pytree.tree_leaves)
+    return leaves
 
 
 def _structure(state: TrainState) -> Any:
@@ -316,7 +327,8 @@ def _structure(state: TrainState) -> Any:
 
 
 def _ownership(state: TrainState) -> tree.Ownership:
-    return _cached(state, "_ownership", lambda s: tree.ownership(_leaves(s)))
+    owned: tree.Ownership = _cached(state, "_ownership", lambda s: tree.ownership(_leaves(s)))
+    return owned
 
 
 def _inherit(state: TrainState, after: TrainState, *names: str) -> None:
@@ -330,5 +342,4 @@ def _same_trees(a: TrainState, b: TrainState) -> bool:
 
 def _locked(result: Any) -> Any:
     """Trees made inside a graph come out unlocked."""
-    is_tree = lambda x: isinstance(x, tree.TensorDict)  # noqa: E731
-    return pytree.tree_map(lambda x: x.lock_() if is_tree(x) else x, result, is_leaf=is_tree)
+    return pytree.tree_map_only(TensorDict, tree.frozen, result, is_leaf=lambda x: isinstance(x, TensorDict))

@@ -26,7 +26,8 @@ SMALLEST = 2**21
 @torch.library.custom_op("trainkit::rowwise_mm", mutates_args=())
 def rowwise_mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` by oneDNN, for float32 matrices on a CPU; ``a`` stored by rows."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return product
 
 
 @rowwise_mm.register_fake
@@ -41,10 +42,10 @@ def _lower(a: Any, b: Any) -> Any:
     left = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(a))
     right = ir.ExternKernel.realize_input(lowered_transpose(b))
     layout = ir.FixedLayout(
-        device=left.get_device(), dtype=left.get_dtype(), size=[left.get_size()[0], right.get_size()[0]]
+        device=left.get_device_or_error(), dtype=left.get_dtype(), size=[left.get_size()[0], right.get_size()[0]]
     )
     node = mkldnn_ir.LinearUnary(layout=layout, inputs=[left, right], constant_args=[None, "none", [-1], ""])
-    return ir.TensorBox.create(mkldnn_ir._create_output_node(node))
+    return ir.TensorBox.create(mkldnn_ir._create_output_node(node))  # type: ignore[no-untyped-call]
 
 
 def lowered_transpose(matrix: Any) -> Any:
@@ -70,4 +71,10 @@ def is_faster(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is the better one for ``a @ b``."""
     sizes = (*a.shape, b.shape[1])
     static = all(isinstance(size, int) for size in sizes)
-    return static and a.device.type == "cpu" and a.dtype == torch.float32 and a.stride(1) == 1 and math.prod(sizes) >= SMALLEST
+    return (
+        static
+        and a.device.type == "cpu"
+        and a.dtype == torch.float32
+        and a.stride(1) == 1
+        and math.prod(sizes) >= SMALLEST
+    )

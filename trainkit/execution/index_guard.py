@@ -1,7 +1,8 @@
 """Check the indices that a compiled graph looks up, before it runs.
 
 Compiled CPU code that meets a label or a token out of range ends the process: its check throws inside a parallel
-region. So the indices that a graph takes from its inputs (tokens of an embedding, labels of a cross-entropy) are compared
+region. So the indices that a graph takes from its inputs (tokens of an embedding, labels of a cross-entropy) are
+compared
 with their bounds on the host first, and the error that eager torch raises is raised, before anything is written. On
 an accelerator nothing is checked: looking would wait for the device, whose kernels assert on their own.
 """
@@ -63,7 +64,12 @@ def _bounded(indices: Any, table: Any, dim: int, ignore: int | None, name: str) 
     if not isinstance(indices, fx.Node) or not isinstance(table, fx.Node):
         return None
     value, rows = indices.meta.get("example_value"), table.meta["example_value"].shape[dim]
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.device.type != "cpu" or not isinstance(rows, int):
+    if (
+        not isinstance(value, Tensor)
+        or value.is_floating_point()
+        or value.device.type != "cpu"
+        or not isinstance(rows, int)
+    ):
         return None
     return _Lookup(indices, rows, ignore, name)
 

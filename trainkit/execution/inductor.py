@@ -28,10 +28,10 @@ def default_options() -> dict[str, Any]:
     On a machine without accelerator: a C++ wrapper drives the graph, which takes 0.1 to 0.3 ms off every step, and
     matrix products go to the faster of torch's two libraries (:mod:`trainkit.execution.cpu_matmul`).
     """
-    if torch.accelerator.is_available():
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
         return {}
     options: dict[str, Any] = {"cpp_wrapper": True}
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         from trainkit.execution.cpu_matmul import RowwiseProducts
 
         options["post_grad_custom_post_pass"] = RowwiseProducts()
@@ -80,7 +80,9 @@ class Compiler:
 
     def breaks(self) -> tuple[str, ...]:
         """Why graphs ended early since this compiler was made, each reason in one line."""
-        return tuple(reason.strip().splitlines()[0] for reason in Counter(counters["graph_break"]) - self._breaks_before)
+        return tuple(
+            reason.strip().splitlines()[0] for reason in Counter(counters["graph_break"]) - self._breaks_before
+        )
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
@@ -88,16 +90,21 @@ class Compiler:
 
     def _inductor(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if _has_regions(graph):
-            return compile_fx(graph, inputs, config_patches={**self._options, **FOR_REGIONS})
+            return _compile_fx(graph, inputs, {**self._options, **FOR_REGIONS})
         if not self._options.get("cpp_wrapper"):
-            return compile_fx(graph, inputs, config_patches=self._options)
+            return _compile_fx(graph, inputs, self._options)
         try:
-            return compile_fx(graph, inputs, config_patches=self._options)
+            return _compile_fx(graph, inputs, self._options)
         except Exception as error:
             # The C++ wrapper knows fewer operators than the Python one, which drives the same kernels.
-            compiled = compile_fx(graph, inputs, config_patches={**self._options, "cpp_wrapper": False})
+            compiled = _compile_fx(graph, inputs, {**self._options, "cpp_wrapper": False})
             self.without_wrapper.append(cause(error))
             return compiled
+
+
+def _compile_fx(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    compiled: Any = compile_fx(graph, inputs, config_patches=options)
+    return compiled  # type: ignore[no-any-return]
 
 
 def _own_code(fn: Any) -> Any:

@@ -1,8 +1,8 @@
 """Precision policies: in which dtype parameters are kept, losses computed, updates rounded.
 
-A policy changes a step in three places (the loss, the optimizer, the scale of the loss) and nothing else; ``make_train_step``
-takes it as ``precision``. Make the first state with ``policy.init_state``, since a policy may change the dtype of
-the parameters and the optimizer's memory.
+A policy changes a step in three places (the loss, the optimizer, the scale of the loss) and nothing else;
+``make_train_step`` takes it as ``precision``. Make the first state with ``policy.init_state``, since a policy may change
+the dtype of the parameters and the optimizer's memory.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def bf16_mixed() -> Precision:
 
 
 def fp16_mixed(
-    *, initial_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5, growth_interval: int = 2000
+    *,
+    initial_scale: float = 2.0**16,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 2000,
 ) -> Precision:
     """The loss under autocast to float16, with a dynamic loss scale in the optimizer state; overflows are skipped.
 
@@ -104,9 +108,7 @@ def fp16_mixed(
             growth_interval=growth_interval,
         )
 
-    return Precision(
-        loss=lambda loss: autocast(loss, torch.float16), optimizer=scaled, scale=current_loss_scale
-    )
+    return Precision(loss=lambda loss: autocast(loss, torch.float16), optimizer=scaled, scale=current_loss_scale)
 
 
 def bf16_pure(*, seed: int = 0) -> Precision:
@@ -124,8 +126,8 @@ def bf16_pure(*, seed: int = 0) -> Precision:
         >>> state.params["weight"].dtype
         torch.bfloat16
 
-    Source: Gupta et al. 2015, "Deep learning with limited numerical precision", sec. 3; Zamirai et al. 2020, "Revisiting
-    BFloat16 training".
+    Source: Gupta et al. 2015, "Deep learning with limited numerical precision", sec. 3; Zamirai et al. 2020,
+    "Revisiting BFloat16 training".
     """
     return Precision(
         optimizer=lambda optimizer: stochastically_rounded(optimizer, seed=seed), param_dtype=torch.bfloat16
@@ -153,7 +155,7 @@ def autocast(loss: LossFn, dtype: torch.dtype) -> LossFn:
         raise ValueError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
 
     def cast(params: Params, buffers: Buffers, batch: Batch) -> LossOutput:
-        device = next(iter(params.values())).device.type
+        device = tree.leaves(params)[0].device.type
         with torch.autocast(device, dtype):
             return loss(params, buffers, batch)
 
@@ -184,18 +186,20 @@ def stochastically_rounded(tx: Transform, *, seed: int = 0) -> Transform:
     key = rng.make_key(seed)
 
     def init(params: Params) -> OptState:
-        wrong = [name for name, p in params.items() if p.dtype not in (torch.bfloat16, torch.float32)]
+        wrong = [name for name, p in tree.named(params).items() if p.dtype not in (torch.bfloat16, torch.float32)]
         if wrong:
             raise ValueError(f"params: {wrong[0]!r} is {params[wrong[0]].dtype}, expected bfloat16 or float32")
-        device = next(iter(params.values())).device
-        return tree.frozen({"count": torch.zeros((), dtype=torch.int64, device=device), "inner": tx.init(_wide(params))})
+        device = tree.leaves(params)[0].device
+        return tree.frozen(
+            {"count": torch.zeros((), dtype=torch.int64, device=device), "inner": tx.init(_wide(params))}
+        )
 
     def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
         wide, inner = tx.apply(_wide(grads), opt_state["inner"], _wide(params), **extra)
         draw = rng.fold_in(key.to(opt_state["count"].device), opt_state["count"])
         rounded = [
             round_stochastically(value, old.dtype, rng.fold_in(draw, i))
-            for i, (value, old) in enumerate(zip(wide.values(), params.values(), strict=True))
+            for i, (value, old) in enumerate(zip(tree.leaves(wide), tree.leaves(params), strict=True))
         ]
         count = tree.incremented(opt_state["count"])
         return tree.assign(params, rounded), with_entries(opt_state, {"count": count, "inner": inner})
@@ -206,8 +210,8 @@ def stochastically_rounded(tx: Transform, *, seed: int = 0) -> Transform:
 def round_stochastically(value: Tensor, dtype: torch.dtype, key: Tensor) -> Tensor:
     """Round a float32 tensor to bfloat16, up or down with the probabilities that keep its mean.
 
-    The 16 low bits are a remainder r: a uniform 16-bit number is added to them and they are cut off, so the result is the
-    next number away from zero with probability r / 2^16. Infinities and NaNs stay.
+    The 16 low bits are a remainder r: a uniform 16-bit number is added to them and they are cut off, so the result is
+    the next number away from zero with probability r / 2^16. Infinities and NaNs stay.
 
     Args:
         value: float32.
@@ -230,7 +234,6 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, key: Tensor) -> Tens
 
 def _wide(params: Params) -> Params:
     """The parameters in float32; temporaries, which the update may overwrite."""
-    wide = [p.to(torch.float32, copy=True) for p in params.values()]
+    wide = [p.to(torch.float32, copy=True) for p in tree.leaves(params)]
     tree.release(wide)
     return tree.like(params, wide)
-

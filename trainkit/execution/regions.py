@@ -53,7 +53,8 @@ def repeated(loss: LossFn, module: nn.Module, pattern: str) -> LossFn:
 
 
 def _region(block: nn.Module, training: bool) -> Callable[..., Any]:
-    """One region of code for all blocks; their tensors are its arguments, as the compiler would else take the first's."""
+    """One region of code for all blocks; their tensors are its arguments, as the compiler would else take the
+    first's."""
     # A copy without memory: the original's own forward leads to the region.
     template = copy.deepcopy(block).to("meta").train(training)
     names = list(slots_of(block))
@@ -84,4 +85,6 @@ def _check_alike(blocks: dict[str, nn.Module]) -> None:
 
 
 def _shape(block: nn.Module) -> Any:
-    return type(block), {name: (t.shape, t.dtype, t.requires_grad) for name, t in block.state_dict(keep_vars=True).items()}
+    return type(block), {
+        name: (t.shape, t.dtype, t.requires_grad) for name, t in block.state_dict(keep_vars=True).items()
+    }

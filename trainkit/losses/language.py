@@ -226,9 +226,9 @@ def linear_cross_entropy(
     masked_lm(hidden @ head_weight.T + bias, labels): its formula, weight and metrics.
 
     Torch's own function of this name does the work where it has one (torch 2.13), for inputs of float32 or wider and
-    neither smoothing nor z-loss; else the chunked form here. Each chunk's logits are made once, in the forward pass, which leaves the gradients of ``hidden`` and
-    ``head_weight``; the backward pass only scales them. Memory beyond the gradients is a few times ``chunk_size`` V
-    numbers. Sums over chunks are kept in float32 or wider. It can be differentiated once.
+    neither smoothing nor z-loss; else the chunked form here. Each chunk's logits are made once, in the forward pass,
+    which leaves the gradients of ``hidden`` and ``head_weight``; the backward pass only scales them. Memory beyond the
+    gradients is a few times ``chunk_size`` V numbers. Sums over chunks are kept in float32 or wider. It can be differentiated once.
 
     Under ``torch.func`` (per-example gradients) it is the plain formula: each row has a gradient of the head of its own
     there, which is larger than the row's logits.
@@ -270,7 +270,9 @@ def linear_cross_entropy(
         return _token_loss(F.linear(x, weight, bias), flat, ignore_index, label_smoothing, z_loss, None)
     if _suits_torch(x, label_smoothing, z_loss):
         # The buffers of the backward pass are kept, since torch warns where a compiled graph asks for less.
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None, allow_retain_graph=True)
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=rows, chunking_method=None, allow_retain_graph=True
+        )
         loss_sum = F.linear_cross_entropy(
             x, weight, flat, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
         )

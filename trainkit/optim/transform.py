@@ -86,10 +86,10 @@ def optimizer(init: InitFn, apply: UpdateFn) -> Transform:
 
 def add_updates(params: Params, updates: Params) -> Params:
     """``params + updates``, in the dtype of the parameters."""
-    new = tree.writable(params.values())
+    new = tree.writable(tree.leaves(params))
     if not tree.has_foreach():
-        return tree.like(params, [p + u.to(p.dtype) for p, u in zip(new, updates.values(), strict=True)])
-    torch._foreach_add_(new, [u.to(p.dtype) for p, u in zip(new, updates.values(), strict=True)])
+        return tree.like(params, [p + u.to(p.dtype) for p, u in zip(new, tree.leaves(updates), strict=True)])
+    torch._foreach_add_(new, [u.to(p.dtype) for p, u in zip(new, tree.leaves(updates), strict=True)])
     return tree.like(params, new)
 
 
@@ -139,8 +139,8 @@ def chain(*transforms: Transform) -> Transform:
 
 def _through(
     transforms: tuple[Transform, ...], updates: Params, opt_state: OptState, params: Params, extra: dict[str, Any]
-) -> tuple[Params, dict[str, OptState]]:
-    states = dict(opt_state.items())
+) -> tuple[Params, dict[str, Any]]:
+    states: dict[str, Any] = dict(opt_state.items())
     for i, t in enumerate(transforms):
         updates, states[str(i)] = t.update(updates, states[str(i)], params, **extra)
     return updates, states
