@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
-from trainkit.state import TrainState
+from trainkit.state import TrainState, remember_step
 from trainkit.types import Batch, GradientFn, Gradients, Metrics
 
 
@@ -135,4 +135,6 @@ def _sequence(batch: Batch) -> Sequence[Batch]:
 
 
 def _of_microbatch(state: TrainState, i: int) -> TrainState:
-    return state.replace(key=rng.fold_in(state.key, i))
+    part = state.replace(key=rng.fold_in(state.key, i))
+    remember_step(state, part, updates=0)
+    return part

@@ -62,7 +62,7 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
             found = torch.autograd.grad(top, inputs, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
         if factor is not None:
-            grads = list(torch._foreach_div(grads, factor))
+            grads = [g / factor.to(g.dtype) for g in grads]
         tree.release(grads)
         return finished(state, out, dict(zip(names, grads, strict=True)))
 

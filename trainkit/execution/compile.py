@@ -114,6 +114,7 @@ def compile_step(
     Raises: ValueError for an unknown strategy.
 
     Example:
+        >>> import torch
         >>> from trainkit import LossOutput, init_state, make_train_step
         >>> from trainkit.optim import sgd
         >>> tx = sgd(0.5)

@@ -1,8 +1,8 @@
 """Precision policies: in which dtype parameters are kept, losses computed, updates rounded.
 
 A policy changes a step in three places (the loss, the optimizer, the scale of the loss) and nothing else;
-``make_train_step`` takes it as ``precision``. Make the first state with ``policy.init_state``, since a policy may change
-the dtype of the parameters and the optimizer's memory.
+``make_train_step`` takes it as ``precision``. Make the first state with ``policy.init_state``, since a policy may
+change the dtype of the parameters and the optimizer's memory.
 """
 
 from __future__ import annotations

@@ -228,7 +228,8 @@ def linear_cross_entropy(
     Torch's own function of this name does the work where it has one (torch 2.13), for inputs of float32 or wider and
     neither smoothing nor z-loss; else the chunked form here. Each chunk's logits are made once, in the forward pass,
     which leaves the gradients of ``hidden`` and ``head_weight``; the backward pass only scales them. Memory beyond the
-    gradients is a few times ``chunk_size`` V numbers. Sums over chunks are kept in float32 or wider. It can be differentiated once.
+    gradients is a few times ``chunk_size`` V numbers. Sums over chunks are kept in float32 or wider. It can be
+    differentiated once.
 
     Under ``torch.func`` (per-example gradients) it is the plain formula: each row has a gradient of the head of its own
     there, which is larger than the row's logits.
