@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Launch-bound: 6 hidden layers of 64, so that a step is many small kernels."""
+    """Launch-bound: 16 hidden layers of 32, so that a step is many small kernels."""
 
     def __init__(self) -> None:
         super().__init__()
-        hidden = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(64, 10))
+        hidden = [layer for _ in range(16) for layer in (nn.Linear(32, 32), nn.ReLU())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(32, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -72,6 +72,6 @@ def make_batch(size: str) -> tuple[Tensor, Tensor]:
     """Inputs and labels."""
     generator = torch.Generator().manual_seed(1)
     if size == "mlp":
-        return torch.randn(32, 64, generator=generator), torch.randint(0, 10, (32,), generator=generator)
+        return torch.randn(32, 32, generator=generator), torch.randint(0, 10, (32,), generator=generator)
     rows = torch.randint(0, VOCABULARY, (ROWS, CONTEXT + 1), generator=generator)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

@@ -143,6 +143,8 @@ def main(config: Config) -> TrainState:
             if record.step == 1 or record.step % config.log_every == 0 or is_last:
                 # The numbers are read here; between two readings the host does not wait for the device.
                 row = {name: float(metric.compute()) for name, metric in window.items()}
+                if not math.isfinite(row["loss"]):
+                    raise FloatingPointError(f"loss: {row['loss']} at step {record.step}; try a lower learning_rate")
                 row["bytes_per_second"] = row.pop("tokens") / (time.perf_counter() - since)
                 log.write(step=record.step, **row)
                 bar.set_postfix_str("{bits_per_byte:.3f} bits/byte, {bytes_per_second:,.0f} bytes/s".format(**row))

@@ -153,7 +153,7 @@ class CompiledStep:
         self._donate = donate
         self._rank = rank
         self._compiler = inductor.Compiler(dynamic, options)
-        self._whole: dict[Any, Callable[..., Any]] = {}
+        self._whole: dict[Any, inductor.TracingCall] = {}
         self._parts: dict[Any, Callable[..., Any]] = {}
         self._settled = False
         self._fallbacks: list[Fallback] = []
@@ -229,15 +229,16 @@ class CompiledStep:
         structure = _structure(state)
         compiled = self._whole.get((structure, batch_spec))
         if compiled is None:
-            text = _whole_text(self._step, structure, batch_spec, self._donate)
-            compiled = self._whole.setdefault((structure, batch_spec), self._compiler.compile(text, fullgraph=True))
-        with rng.seeded(seed_of(state, self._rank), state.step.device), inductor.tracing():
+            text = _whole_text(self._step, structure.spec, batch_spec, self._donate)
+            compiled = inductor.TracingCall(self._compiler.compile(text, fullgraph=True))
+            self._whole[structure, batch_spec] = compiled
+        with rng.seeded(seed_of(state, self._rank), state.step.device):
             new_leaves, metrics = compiled(leaves, batch_leaves)
         if self._donate:
             after = state.replace()
             _inherit(state, after, "_leaves", "_structure")
         else:
-            after = pytree.tree_unflatten(new_leaves, structure)
+            after = pytree.tree_unflatten(new_leaves, structure.spec)
         remember_step(state, after, self._updates_per_call(state, after))
         return after, metrics
 
@@ -311,6 +312,20 @@ def _write(old: Any, new: Any) -> None:
             target.copy_(value)
 
 
+class _Structure:
+    """The tree structure of a state, with its hash remembered: computing it visits every name."""
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        self.spec = spec
+        self._hash = hash(spec)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Structure) and self.spec == other.spec)
+
+
 def _cached(state: TrainState, name: str, make: Callable[[TrainState], Any]) -> Any:
     """What ``make`` says of a state, kept with it: flattening a state costs 70 microseconds, a small step 150."""
     if name not in state.__dict__:
@@ -323,8 +338,9 @@ def _leaves(state: TrainState) -> list[Tensor]:
     return leaves
 
 
-def _structure(state: TrainState) -> Any:
-    return _cached(state, "_structure", pytree.tree_structure)
+def _structure(state: TrainState) -> _Structure:
+    structure: _Structure = _cached(state, "_structure", lambda s: _Structure(pytree.tree_structure(s)))
+    return structure
 
 
 def _ownership(state: TrainState) -> tree.Ownership:

@@ -33,7 +33,7 @@ def guarded(graph: fx.GraphModule, run: Callable[..., Any]) -> Callable[..., Any
     lookups = [found for node in graph.graph.nodes if (found := _lookup(node)) and _is_computable(found.indices)]
     if not lookups:
         return run
-    indices_of = _subgraph(graph, [lookup.indices for lookup in lookups])
+    indices_of = _reader(graph, [lookup.indices for lookup in lookups])
 
     def checked(*inputs: Any) -> Any:
         for lookup, indices in zip(lookups, indices_of(*inputs), strict=True):
@@ -86,6 +86,15 @@ def _is_computable(node: fx.Node) -> bool:
     if node.op == "placeholder":
         return True
     return node.op in ("call_function", "call_method") and all(_is_computable(n) for n in node.all_input_nodes)
+
+
+def _reader(graph: fx.GraphModule, outputs: list[fx.Node]) -> Callable[..., Any]:
+    """A function of the graph's inputs that gives these nodes."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    if all(node in inputs for node in outputs):
+        places = [inputs.index(node) for node in outputs]
+        return lambda *given: [given[place] for place in places]
+    return _subgraph(graph, outputs)
 
 
 def _subgraph(graph: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:

@@ -89,9 +89,20 @@ def adam(
             fused=False,
             has_complex=has_complex(params),
             decoupled_weight_decay=decoupled_weight_decay,
-            lr=learning_rate,
+            lr=_not_zero(learning_rate),
             **options,
             **loop_form(params),
         )
 
     return kernel_optimizer(kernel, slots, learning_rate)
+
+
+def _not_zero(rate: Rate) -> Rate:
+    """A rate on the device, with the smallest useful number in the place of 0.
+
+    torch's form for such rates divides the second moment by the rate, and 0 / 0 would make the first update of a
+    warm-up from 0 a NaN wherever the gradient is 0. The factor leaves room for products with the bias corrections.
+    """
+    if not isinstance(rate, Tensor):
+        return rate
+    return torch.where(rate == 0, 1024 * torch.finfo(rate.dtype).tiny, rate)
