@@ -217,6 +217,7 @@ class CompiledStep:
             return self._step(state, batch)
         with tree.donate(owned=_ownership(state)):
             after, metrics = self._step(state, batch)
+        after = _in_buffers_of(state, after)
         if _same_trees(state, after):
             _inherit(state, after, "_leaves", "_ownership", "_attached")
         return after, metrics
@@ -344,8 +345,19 @@ def _structure(state: TrainState) -> _Structure:
 
 
 def _ownership(state: TrainState) -> tree.Ownership:
-    owned: tree.Ownership = _cached(state, "_ownership", lambda s: tree.ownership(_leaves(s)))
+    """All but the buffers: the forward pass writes these before it is known whether the loss will be refused."""
+    owned: tree.Ownership = _cached(state, "_ownership", lambda s: tree.ownership(s.replace(buffers=tree.frozen())))
     return owned
+
+
+def _in_buffers_of(state: TrainState, after: TrainState) -> TrainState:
+    """``after``, with its buffers in the memory of those of ``state``."""
+    if after.buffers is state.buffers:
+        return after
+    _write(state.buffers, after.buffers)
+    new = after.replace(buffers=state.buffers)
+    remember_step(after, new, updates=0)
+    return new
 
 
 def _inherit(state: TrainState, after: TrainState, *names: str) -> None:
