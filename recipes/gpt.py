@@ -40,11 +40,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocab_size, bias=False)
-        # Small logits at the start, for a first loss of log V.
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # Small logits at the start, for a first loss of log V; a tied embedding has to be as small.
         nn.init.normal_(self.head.weight, std=0.02)
         if tie_weights:
-            self.head.weight = self.embedding.weight
+            self.embedding.weight = self.head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of the next token after each position, from tokens [B, T]."""

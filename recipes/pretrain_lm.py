@@ -56,7 +56,7 @@ class Config:
     """Rows of seq_len bytes per update."""
     accumulate: int = 1
     """Microbatches that a batch is cut into, to save memory; the result is the same."""
-    steps: int = 1600
+    steps: int = 1200
     """Number of updates."""
     num_layers: int = 4
     """Number of transformer blocks."""
@@ -68,7 +68,7 @@ class Config:
     """Use the byte embedding as the output layer as well."""
     learning_rate: float = 4e-3
     """Highest learning rate of AdamW, in parameter units per update."""
-    warmup_steps: int = 100
+    warmup_steps: int = 60
     """Updates in which the rate rises from 0; it then falls along a cosine to a tenth of its peak."""
     weight_decay: float = 0.1
     """Share of a weight that an update removes, per unit of learning rate."""
@@ -80,7 +80,7 @@ class Config:
     """Where to train: cpu, cuda, cuda:1, ..."""
     log_every: int = 20
     """Updates per line of metrics.jsonl, which is the exact mean over them."""
-    eval_every: int = 400
+    eval_every: int = 300
     """Updates between two validations; there is always one at the end."""
     eval_rows: int = 256
     """Rows of seq_len bytes to validate on, spread evenly over the validation text."""

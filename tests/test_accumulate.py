@@ -1,91 +1,105 @@
-"""Accumulation: lists and splits, buffers in order, metrics merged. (Its law is in test_laws.py.)"""
+"""Splitting batches and adding up what their parts give."""
+
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tensordict import TensorDict
+from torch import Tensor, nn
 
-from trainkit import accumulate, functional, init_state, make_train_step, value_and_grad
-from trainkit.accumulate import num_rows, split_batch
-from trainkit.losses import classification, mean_squared_error, module_loss
-from trainkit.metrics import accuracy
+from trainkit import LossOutput, accumulate, functional, init_state, make_train_step, value_and_grad
+from trainkit.accumulate import merge_metrics, num_rows, split_batch
+from trainkit.metrics import Latest, Mean
 from trainkit.optim import sgd
+from trainkit.rng import fold_in_host
 
 
-def test_a_ragged_list_gives_the_gradient_of_the_mean_over_all_rows():
-    torch.manual_seed(0)
-    net = nn.Linear(4, 3).double()
-    x, y = torch.randn(10, 4).double(), torch.randint(0, 3, (10,))
-    parts = [(x[:7], y[:7]), (x[7:8], y[7:8]), (x[8:], y[8:])]
-    step = make_train_step(module_loss(net, classification), sgd(0.5), accumulate=None)
-    after, metrics = step(init_state(net, sgd(0.5)), parts)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    expected = nn.functional.cross_entropy(net(x), y)
-    expected.backward()
-    optimizer.step()
-    for name, p in net.named_parameters():
-        torch.testing.assert_close(after.params[name], p.detach())
-    torch.testing.assert_close(metrics["loss"].compute(), expected.detach())
+def make_loss(module: nn.Module) -> Any:
+    model = functional(module)
+
+    def loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
+        out, buffers = model(params, buffers, x)
+        return LossOutput(out.square().sum(), len(x), {"rows": Mean(out.sum(), torch.tensor(len(x)))}, buffers)
+
+    return loss
 
 
-def test_batch_norm_statistics_pass_through_the_microbatches_in_order():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
-    x, y = torch.randn(9, 4), torch.randn(9, 1)
-    state = init_state(net, sgd(0.1))
-    found = accumulate(value_and_grad(module_loss(net, mean_squared_error)), 3)(state, (x, y))
-    for part in x.chunk(3):
-        net(part)
-    for name, expected in net.named_buffers():
-        torch.testing.assert_close(found.buffers[name], expected)
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (5, 1), (5, 2), (5, 5), (7, 3), (8, 4)])
+def test_parts_differ_by_at_most_one_row_and_join_to_the_batch(rows: int, n: int) -> None:
+    batch = {"x": torch.arange(rows), "pair": (torch.randn(rows, 2), "name"), "rate": torch.tensor(0.1)}
+    parts = split_batch(batch, n)
+    sizes = [len(part["x"]) for part in parts]
+    assert (len(parts), sum(sizes)) == (n, rows)
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert torch.equal(torch.cat([part["pair"][0] for part in parts]), batch["pair"][0])
+    # What has no rows goes to every part whole.
+    assert all(part["rate"] is batch["rate"] and part["pair"][1] == "name" for part in parts)
 
 
-def test_metrics_are_those_of_the_whole_batch():
-    net = nn.Linear(4, 3)
-    x, y = torch.randn(11, 4), torch.randint(0, 3, (11,))
-    loss = module_loss(net, lambda logits, labels: classification(logits, labels, metrics={"accuracy": accuracy}))
-    state = init_state(net, sgd(0.1))
-    found = accumulate(value_and_grad(loss), 4)(state, (x, y))
-    logits, _ = functional(net)(state.params, state.buffers, x)
-    expected = (logits.argmax(-1) == y).float().mean()
-    torch.testing.assert_close(found.metrics["accuracy"].compute().float(), expected)
+def test_a_tensordict_is_a_batch_too() -> None:
+    batch = TensorDict({"x": torch.arange(5)}, batch_size=[5])
+    parts = split_batch(batch, 2)
+    assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4]]
+    assert num_rows(batch) == 5
 
 
-def test_each_microbatch_draws_its_own_mask():
-    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 1, bias=False))
-    state = init_state(net, sgd(0.1), seed=1)
-    same = torch.ones(2, 64)
-    g = value_and_grad(module_loss(net, lambda out: mean_squared_error(out, torch.zeros_like(out)), targets=()))
-    first, both = accumulate(g, 1)(state, (same[:1],)), accumulate(g, 2)(state, (same,))
-    assert float(both.loss_sum) != pytest.approx(2 * float(first.loss_sum))
+def test_statistics_pass_from_part_to_part_as_in_a_plain_loop() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    state = init_state(module, sgd(0.1))
+    parts = [torch.randn(rows, 2) for rows in (4, 2, 3)]
+    found = accumulate(value_and_grad(make_loss(module)))(state, parts)
+    module.zero_grad()
+    for part in parts:
+        module(part).square().sum().backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(found.grads[name], p.grad)
+    for name, b in module.named_buffers():
+        torch.testing.assert_close(found.buffers[name], b)
 
 
-def test_splitting():
-    batch = {"x": torch.arange(7), "n": torch.tensor(3.0), "name": "kept"}
-    parts = split_batch(batch, 3)
-    assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
-    assert all(part["n"] is batch["n"] and part["name"] == "kept" for part in parts)
+def test_every_part_draws_its_own_dropout_from_the_key() -> None:
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1, bias=False))
+    state = init_state(module, sgd(0.1), seed=3)
+    x = torch.ones(6, 4)
+    found = accumulate(value_and_grad(make_loss(module)), 3)(state, x)
+    total = torch.zeros(())
+    for i, part in enumerate(x.chunk(3)):
+        torch.manual_seed(fold_in_host(fold_in_host(3, i), 0, 0) % 2**64)
+        total += module(part).square().sum()
+    torch.testing.assert_close(found.loss_sum, total.detach())
 
 
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (torch.zeros(0, 2), "it has no rows"),
-        ((torch.zeros(2), torch.zeros(3)), r"have \[2, 3\] rows"),
-        ({"a": torch.tensor(1.0)}, "have no rows"),
-    ],
-)
-def test_batches_without_a_number_of_rows(batch, message):
-    with pytest.raises(ValueError, match=message):
-        num_rows(batch)
+def test_the_first_gradient_is_not_written_over() -> None:
+    kept = []
+
+    def gradient(state: Any, batch: Any) -> Any:
+        kept.append(value_and_grad(make_loss(module))(state, batch))
+        return kept[-1]
+
+    module = nn.Linear(2, 1)
+    state, x = init_state(module, sgd(0.1)), torch.randn(4, 2)
+    accumulate(gradient, 2)(state, x)
+    torch.testing.assert_close(kept[0].loss_sum, value_and_grad(make_loss(module))(state, x[:2]).loss_sum)
 
 
-def test_bad_arguments():
-    gradient = value_and_grad(module_loss(nn.Linear(2, 1), mean_squared_error))
-    state = init_state(nn.Linear(2, 1), sgd(0.1))
-    with pytest.raises(ValueError, match="n: got 0, expected at least 1"):
-        accumulate(gradient, 0)
-    with pytest.raises(ValueError, match="batch: 2 rows cannot make 3 microbatches"):
-        accumulate(gradient, 3)(state, (torch.ones(2, 2), torch.ones(2, 1)))
-    for batch in ([], torch.ones(2, 2)):
-        with pytest.raises(ValueError, match="expected a non-empty list of microbatches"):
-            accumulate(gradient)(state, batch)
+@pytest.mark.parametrize("n", [2, 5])
+def test_an_accumulated_update_is_the_update_of_the_whole_batch(n: int) -> None:
+    module = nn.Linear(2, 3)
+    state, x = init_state(module, sgd(0.1)), torch.randn(5, 2)
+    whole, expected = make_train_step(make_loss(module), sgd(0.1))(state, x)
+    parts, found = make_train_step(make_loss(module), sgd(0.1), accumulate=n)(state, x)
+    torch.testing.assert_close(parts.params["weight"], whole.params["weight"])
+    torch.testing.assert_close(found["loss"].compute(), expected["loss"].compute())
+    torch.testing.assert_close(found["rows"].compute(), expected["rows"].compute())
+    assert int(parts.step) == 1
+
+
+def test_metrics_merge_by_name_and_pass_where_one_part_has_none() -> None:
+    one = {"loss": Mean(torch.tensor(2.0), torch.tensor(1.0)), "rate": Latest(torch.tensor(0.1))}
+    two = {"loss": Mean(torch.tensor(4.0), torch.tensor(3.0)), "rate": Latest(torch.tensor(0.2)), "extra": one["loss"]}
+    merged = merge_metrics(one, two)
+    assert list(merged) == ["loss", "rate", "extra"]
+    assert float(merged["loss"].compute()) == 1.5
+    assert float(merged["rate"].compute()) == pytest.approx(0.2)
+    assert list(one) == ["loss", "rate"]

@@ -1,74 +1,129 @@
-"""functional: the forward pass as a function, against torch.func.functional_call."""
+"""A module as a function, beside torch.func.functional_call."""
+
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from trainkit import functional, init_state
+from trainkit import functional, init_state, tree
 from trainkit.optim import sgd
-from trainkit.tree import frozen
 
 
-class Net(nn.Module):
-    def __init__(self):
+class Shared(nn.Module):
+    """Tied weights, one submodule at two places, a frozen layer, statistics, a buffer that is replaced."""
+
+    counter: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-        self.out = nn.Linear(4, 4)
-        self.out.weight = self.inner[0].weight
+        self.embedding = nn.Embedding(5, 3)
+        self.block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+        self.again = self.block[0]
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("counter", torch.zeros(()))
 
-    def forward(self, x, *, shift=0.0):
-        return self.out(self.inner(x)) + shift
+    def forward(self, ids: Tensor, *, scale: float = 1.0) -> Tensor:
+        self.counter = self.counter + 1
+        hidden = self.again(self.block(self.embedding(ids)))
+        return self.head(self.frozen(hidden)) * scale
 
 
-def other(state):
-    return state.replace(params=state.params.apply(lambda t: t + 1).lock_())
+def given_tensors(module: nn.Module) -> tuple[Any, Any]:
+    """Other values than the module's own."""
+    state = init_state(module, sgd(0.1))
+    other = tree.map_tensors(lambda p: p + 0.1 * torch.randn_like(p), state.params)
+    return other, state.buffers
 
 
-def test_equals_torchs_and_leaves_the_module_alone():
-    net, x = Net(), torch.randn(8, 4)
-    state = other(init_state(net, sgd(0.1)))
-    own = {name: t.clone() for name, t in net.state_dict().items()}
-    tensors = {**state.params, **{name: t.clone() for name, t in state.buffers.items()}}
-    torch.manual_seed(0)
-    expected = functional_call(net, tensors, (x,), {"shift": 2.0})
-    torch.manual_seed(0)
-    found, buffers = functional(net)(state.params, state.buffers, x, shift=2.0)
+def snapshot(module: nn.Module) -> list[tuple[Any, ...]]:
+    own = [(name, id(t), t.clone()) for name, t in (*module.named_parameters(), *module.named_buffers())]
+    return [*own, *((name, m.training) for name, m in module.named_modules())]
+
+
+def same(a: list[tuple[Any, ...]], b: list[tuple[Any, ...]]) -> bool:
+    return all(x[:2] == y[:2] and (len(x) == 2 or torch.equal(x[2], y[2])) for x, y in zip(a, b, strict=True))
+
+
+IDS = torch.tensor([0, 3, 4, 3])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_functional_call(training: bool) -> None:
+    module = Shared().train(training)
+    params, buffers = given_tensors(module)
+    expected_buffers = {name: t.clone() for name, t in buffers.items()}
+    torch.manual_seed(1)
+    expected = functional_call(module, dict(params.items()) | expected_buffers, (IDS,), {"scale": 2.0})
+    torch.manual_seed(1)
+    found, after = functional(module)(params, buffers, IDS, scale=2.0)
     assert torch.equal(found, expected)
-    for name in buffers.keys():
-        assert torch.equal(buffers[name], tensors[name])
-    assert not torch.equal(buffers["inner.1.running_mean"], state.buffers["inner.1.running_mean"])
-    assert all(torch.equal(t, own[name]) for name, t in net.state_dict().items())
-    assert net.out.weight is net.inner[0].weight
+    # functional_call writes into the buffers that it is given; here the new ones are returned.
+    assert torch.equal(after["block.1.running_mean"], expected_buffers["block.1.running_mean"])
+    assert list(after.keys()) == list(buffers.keys())
 
 
-def test_modes_are_set_and_put_back():
-    net, x = Net(), torch.randn(8, 4)
-    net.inner[2].eval()
-    state = init_state(net, sgd(0.1))
-    found, _ = functional(net, training=False)(state.params, state.buffers, x)
-    net.eval()
-    assert torch.equal(found, net(x))
-    net.train()
-    net.inner[2].eval()
-    functional(net, training=True)(state.params, state.buffers, x)
-    assert net.training
-    assert not net.inner[2].training
+def test_gradients_reach_tied_weights_from_both_places() -> None:
+    module = Shared().eval()
+    params, buffers = given_tensors(module)
+    leaf = params["embedding.weight"].clone().requires_grad_()
+    attached = tree.frozen({**tree.named(params), "embedding.weight": leaf})
+    (found,) = torch.autograd.grad(functional(module)(attached, buffers, IDS)[0].sum(), leaf)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(params[name] if name in params.keys() else buffers[name])
+    (expected,) = torch.autograd.grad(module(IDS).sum(), module.embedding.weight)
+    torch.testing.assert_close(found, expected)
 
 
-def test_the_module_is_itself_again_after_an_error():
-    net = Net()
-    state = other(init_state(net, sgd(0.1)))
-    with pytest.raises(RuntimeError):
-        functional(net)(state.params, state.buffers, torch.randn(8, 5))
-    assert isinstance(net.out.weight, nn.Parameter)
-    assert net.out.weight is net.inner[0].weight
+def test_nothing_is_left_behind_in_the_module_or_the_trees() -> None:
+    module = Shared().train()
+    params, buffers = given_tensors(module)
+    before = snapshot(module)
+    given = {name: t.clone() for name, t in (*params.items(), *buffers.items())}
+    functional(module, training=True)(params, buffers, IDS)
+    functional(module, training=False)(params, buffers, IDS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
+        functional(module, training=False)(params, buffers, IDS, wrong=1)
+    assert same(before, snapshot(module))
+    assert all(torch.equal(given[name], t) for name, t in (*params.items(), *buffers.items()))
 
 
-def test_missing_and_foreign_names_are_named():
-    layer = nn.Linear(2, 1)
-    with pytest.raises(KeyError, match="lack 'bias'"):
-        functional(layer)(frozen({"weight": torch.ones(1, 2)}), frozen(), torch.ones(1, 2))
-    given = frozen({"weight": torch.ones(1, 2), "bias": torch.ones(1), "gain": torch.ones(1)})
-    with pytest.raises(KeyError, match="hold 'gain'"):
-        functional(layer)(given, frozen(), torch.ones(1, 2))
+def test_buffers_that_are_written_or_replaced_come_back() -> None:
+    module = Shared().train()
+    params, buffers = given_tensors(module)
+    call = functional(module)
+    for expected in (1, 2, 3):
+        _, buffers = call(params, buffers, IDS)
+        assert int(buffers["counter"]) == int(buffers["block.1.num_batches_tracked"]) == expected
+    assert int(module.counter) == 0
+
+
+def test_buffers_of_evaluation_come_back_as_they_went_in() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    params, buffers = given_tensors(module)
+    with tree.donate(buffers):
+        _, after = functional(module, training=False)(params, buffers, torch.randn(4, 3))
+    assert after is buffers
+
+
+@pytest.mark.parametrize("training", [True, False, None])
+def test_modes_are_set_for_the_call_only(training: bool | None) -> None:
+    module = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5)))
+    module[1].eval()
+    seen: list[list[bool]] = []
+    module.register_forward_hook(lambda m, args, out: seen.append([x.training for x in m.modules()]))
+    functional(module, training=training)(tree.frozen(), tree.frozen(), torch.ones(3))
+    own = [True, True, False, False]
+    assert seen == [own if training is None else [training] * 4]
+    assert [m.training for m in module.modules()] == own
+
+
+def test_hooks_run() -> None:
+    module = nn.Linear(2, 2)
+    module.register_forward_pre_hook(lambda m, args: (args[0] * 0,))
+    params, buffers = given_tensors(module)
+    assert torch.equal(functional(module)(params, buffers, torch.ones(1, 2))[0][0], params["bias"])

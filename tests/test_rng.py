@@ -1,5 +1,8 @@
-"""Keys: folding on tensors and on integers, and generators that are put back."""
+"""Keys and seeded scopes."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,53 +11,70 @@ from hypothesis import strategies as st
 from trainkit.rng import fold_in, fold_in_host, make_key, seeded
 
 words = st.integers(-(2**63), 2**63 - 1)
+CPU = torch.device("cpu")
 
 
-@given(words, st.lists(words, max_size=3))
-def test_tensors_and_integers_fold_alike(key, data):
-    assert int(fold_in(torch.tensor(key), *data)) == fold_in_host(key, *data)
+def splitmix64(value: int) -> int:
+    """The finaliser of Steele, Lea and Flood, fig. 16, on NumPy's unsigned words."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(value % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int(z ^ (z >> np.uint64(31)))
 
 
-@given(words, words, words)
-def test_folding_a_tensor_is_folding_its_elements(key, a, b):
-    folded = fold_in(torch.tensor(key), torch.tensor([a, b]))
-    assert folded.tolist() == [fold_in_host(key, a), fold_in_host(key, b)]
+@given(words, st.lists(words, max_size=4))
+def test_fold_in_is_its_formula_on_tensors_and_on_the_host(key: int, data: list[int]) -> None:
+    expected = key % 2**64
+    for item in data:
+        expected = splitmix64(expected ^ splitmix64((item + 0x9E3779B97F4A7C15) % 2**64))
+    expected = expected - 2**64 if expected >= 2**63 else expected
+    assert fold_in_host(key, *data) == expected
+    assert int(fold_in(torch.tensor(key), *data)) == expected
+    assert int(fold_in(torch.tensor(key), *map(torch.tensor, data))) == expected
 
 
-def test_known_values_of_splitmix():
-    # The first outputs of the published generator seeded with 0, which the finaliser of 0 + golden and 2 golden gives.
-    golden = 0x9E3779B97F4A7C15
-    from trainkit.rng import _finalise_host
-
-    assert [_finalise_host(golden * i) for i in (1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+def test_a_population_of_keys_folds_elementwise() -> None:
+    keys = torch.tensor([[1, 2], [3, -4]])
+    folded = fold_in(keys, 5, torch.tensor(6))
+    assert folded.tolist() == [[fold_in_host(key, 5, 6) for key in row] for row in keys.tolist()]
 
 
-def test_steps_and_ranks_do_not_collide():
-    keys = fold_in(make_key(0), torch.arange(1000)[:, None], torch.arange(8)[None, :])
-    assert keys.unique().numel() == 8000
-    # Every bit is a fair coin: 8000 draws have a standard error of 0.0056.
-    shares = torch.stack([((keys >> bit) & 1).double().mean() for bit in range(64)])
-    assert (shares - 0.5).abs().max() < 0.025
+def test_neighbouring_places_get_different_keys() -> None:
+    keys = [fold_in_host(seed, step, rank) for seed in range(10) for step in range(100) for rank in range(10)]
+    assert len(set(keys)) == len(keys)
+    # Half of the bits differ between neighbours, as between independent words: 32 with a deviation of 4 for each pair.
+    flips = [(a ^ b) % 2**64 for a, b in itertools.pairwise(keys)]
+    assert 31.5 < sum(flip.bit_count() for flip in flips) / len(flips) < 32.5
 
 
-def test_seeding_is_undone():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    with seeded(1, torch.device("cpu")):
-        inside = torch.rand(3)
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(1)))
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)])
+def test_every_seed_of_64_bits_makes_a_key(seed: int) -> None:
+    assert int(make_key(seed)) % 2**64 == seed % 2**64
 
 
-def test_seeding_is_undone_after_an_error():
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.0, "1", True, None])
+def test_other_seeds_are_refused(seed: object) -> None:
+    with pytest.raises(ValueError, match=r"seed: got .*, expected an integer that fits 64 bits"):
+        make_key(seed)  # type: ignore[arg-type]
+
+
+@given(words)
+def test_seeded_draws_what_manual_seed_draws_and_leaves_no_trace(seed: int) -> None:
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), seeded(1, torch.device("cpu")):
-        torch.rand(1).tolist()[0] / 0
+    with seeded(seed, CPU):
+        found = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found, torch.rand(3, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_seeded_puts_the_state_back_after_an_error() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="never"), seeded(1, CPU):
+        _draw_and_fail()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 0.5, True, None])
-def test_seeds_that_are_none(seed):
-    with pytest.raises(ValueError, match=r"seed: got .*, expected an integer that fits 64 bits"):
-        make_key(seed)
+def _draw_and_fail() -> None:
+    torch.rand(1)
+    raise ValueError("never mind")

@@ -1,84 +1,201 @@
-"""Trees, and who may overwrite them."""
+"""Trees of tensors, and who may overwrite them."""
 
 import gc
+import math
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from trainkit import tree
 
 
-def test_frozen_refuses_writes_and_takes_trees():
-    inner = tree.frozen({"w": torch.zeros(2)})
-    outer = tree.frozen({"a": inner, "b": {"w": torch.ones(2)}})
-    for part in (inner, outer, outer["a"]):
+def make(**values: float) -> Any:
+    return tree.frozen({name: torch.full((2,), value) for name, value in values.items()})
+
+
+# -- making and mapping --------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_tree_refuses_writes_and_keeps_the_tensors() -> None:
+    w = torch.zeros(2)
+    frozen = tree.frozen({"a.weight": w, "inner": {"b": torch.ones(1)}})
+    assert frozen["a.weight"] is w
+    assert frozen["inner"]["b"].tolist() == [1.0]
+    for write in (lambda: frozen.set("c", w), lambda: frozen.__setitem__("a.weight", w), lambda: frozen.pop("inner")):
         with pytest.raises(RuntimeError, match="lock"):
-            part["w"] = torch.zeros(2)
-    assert tree.frozen(inner)["w"] is inner["w"]
-    assert list(tree.frozen().keys()) == []
+            write()
 
 
-def test_freezing_again_and_again_leaves_no_memories():
-    inner = tree.frozen({"w": torch.zeros(2)})
-    for _ in range(10):
-        tree.frozen({"a": inner})
-    assert not inner.__dict__.get("__lock_parents_weakrefs")
+def test_trees_that_were_part_of_others_are_not_kept_alive() -> None:
+    part = make(w=1.0)
+    alive = weakref.ref(tree.frozen({"part": part}))
+    gc.collect()
+    assert alive() is None
 
 
-def test_like_gives_the_tree_itself_for_its_own_tensors():
-    own = tree.frozen({"a": torch.zeros(1), "b": torch.ones(1)})
-    assert tree.like(own, tree.leaves(own)) is own
-    assert tree.like(own, [own["a"], torch.ones(1)]) is not own
+def test_like_returns_the_tree_itself_where_nothing_changed() -> None:
+    one = make(a=1.0, b=2.0)
+    a, b = tree.leaves(one)
+    assert tree.like(one, [a, b]) is one
+    changed = tree.like(one, [a, a])
+    assert tree.named(changed) == {"a": a, "b": a}
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        tree.like(one, [a])
 
 
-def test_copies_unless_donated():
-    mine, other = torch.zeros(2), torch.zeros(2)
-    assert tree.writable([mine])[0] is not mine
-    with tree.donate({"x": mine}):
-        first, second = tree.writable([mine, other])
-        assert first is mine
-        assert second is not other
-        # A copy made in the scope belongs to it.
-        assert tree.writable([second])[0] is second
+def test_map_pairs_by_name_and_not_by_position() -> None:
+    one, other = make(a=1.0, b=2.0), make(b=20.0, a=10.0)
+    assert [t.tolist() for t in tree.leaves(tree.map_tensors(torch.add, one, other))] == [[11.0] * 2, [22.0] * 2]
+    with pytest.raises(KeyError, match="b"):
+        tree.map_tensors(torch.add, one, make(a=1.0))
+
+
+def test_zeros_and_clones_share_nothing() -> None:
+    one = make(a=1.0)
+    zeros, copy = tree.zeros_like(one, torch.float64), tree.clone({"x": one, "n": 3})
+    assert zeros["a"].dtype == torch.float64
+    assert not zeros["a"].any()
+    assert copy["n"] == 3
+    assert torch.equal(copy["x"]["a"], one["a"])
+    assert copy["x"]["a"].data_ptr() != one["a"].data_ptr()
+
+
+# -- reductions ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_the_global_norm_is_that_of_all_numbers(columns: list[list[float]]) -> None:
+    expected = math.sqrt(math.fsum(x * x for column in columns for x in column))
+    tensors = [torch.tensor(column) for column in columns]
+    assert float(tree.global_norm(tensors)) == pytest.approx(expected, rel=1e-5, abs=1e-30)
+    assert float(torch.vmap(lambda *t: tree.global_norm(t))(*(t[None] for t in tensors))) == pytest.approx(
+        expected, rel=1e-5, abs=1e-30
+    )
+
+
+def test_the_global_norm_is_taken_wide_and_over_mixed_dtypes() -> None:
+    # In float16 the squares overflow, and bfloat16 cannot count 4096 ones.
+    halves = [torch.full((4,), 300.0, dtype=torch.float16), torch.ones(4096, dtype=torch.bfloat16)]
+    assert float(tree.global_norm(halves)) == pytest.approx(math.sqrt(4 * 300**2 + 4096))
+    assert tree.global_norm([torch.ones(1, dtype=torch.float64)]).dtype == torch.float64
+    assert float(tree.global_norm([])) == 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", range(3))
+def test_one_bad_number_is_enough(value: float, position: int) -> None:
+    bad = torch.zeros(3)
+    bad[position] = value
+    assert not tree.all_finite([torch.ones(2), bad])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [],
+        [torch.empty(0)],
+        [torch.tensor([2**62, 2**62])],
+        [torch.full((9,), 3e38)],
+        [torch.ones(2, dtype=torch.cfloat)],
+    ],
+)
+def test_finite_numbers_are(tensors: list[Tensor]) -> None:
+    assert tree.all_finite(tensors)
+
+
+# -- who may overwrite ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_scope_everything_is_copied() -> None:
+    w = torch.ones(2)
+    (copy,) = tree.writable([w])
+    copy.zero_()
+    assert w.tolist() == [1.0, 1.0]
+
+
+def test_in_a_scope_the_donated_tensors_are_handed_out_and_others_copied() -> None:
+    mine, other = make(w=1.0), torch.ones(2)
+    with tree.donate(mine):
+        handed, copied = tree.writable([mine["w"], other])
+        assert handed is mine["w"]
+        assert copied is not other
+        # A copy belongs to the scope: whoever asks next gets it itself.
+        assert tree.writable([copied])[0] is copied
+    assert tree.writable([mine["w"]])[0] is not mine["w"]
+
+
+def test_scopes_nest_and_can_be_closed() -> None:
+    outer, inner = torch.ones(1), torch.ones(1)
+    with tree.donate(outer):
+        with tree.donate(inner):
+            assert tree.is_donated([outer, inner])
+        assert tree.is_donated([outer])
+        assert not tree.is_donated([inner])
         with tree.keep():
-            assert tree.writable([mine])[0] is not mine
-        assert tree.writable([mine])[0] is mine
-    assert tree.writable([mine])[0] is not mine
+            assert not tree.is_donated([outer])
+        with tree.temporaries():
+            assert tree.is_donated([outer])
 
 
-def test_released_temporaries_are_not_kept_alive_and_ids_are_not_trusted():
-    with tree.donate():
-        temporary = torch.zeros(2)
-        tree.release([temporary])
-        assert tree.writable([temporary])[0] is temporary
-        reference = weakref.ref(temporary)
-        del temporary
-        gc.collect()
-        assert reference() is None
-    # Outside of any scope there is nothing to release into.
-    left = torch.zeros(2)
-    tree.release([left])
-    assert tree.writable([left])[0] is not left
+def test_released_temporaries_may_be_overwritten_within_the_scope_only() -> None:
+    made = torch.ones(1)
+    tree.release([made])
+    with tree.temporaries():
+        assert not tree.is_donated([made])
+        tree.release([made])
+        assert tree.is_donated([made])
+    assert not tree.is_donated([made])
 
 
-def test_a_donation_ends_with_an_error_too():
-    mine = torch.zeros(2)
-    with pytest.raises(RuntimeError, match="inside"), tree.donate(mine):
-        raise RuntimeError("inside")
-    assert tree.writable([mine])[0] is not mine
+def test_a_scope_keeps_no_temporary_alive_and_is_not_fooled_by_its_address() -> None:
+    with tree.temporaries():
+        made = torch.ones(1)
+        tree.release([made])
+        alive = weakref.ref(made)
+        del made
+        assert alive() is None
+        assert not any(tree.is_donated([torch.ones(1)]) for _ in range(100))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_all_finite(bad):
-    # The sum of these overflows; they are finite all the same.
-    large = torch.full((4,), torch.finfo(torch.float32).max)
-    assert bool(tree.all_finite([large, torch.arange(3), torch.zeros(0)]))
-    assert not bool(tree.all_finite([large, torch.tensor([0.0, bad])]))
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (lambda t: tree.scaled(t, torch.tensor(3.0)), 6.0),
+        (lambda t: tree.assign(t, [torch.full((2,), 5.0)]), 5.0),
+        (lambda t: tree.like(t, [tree.incremented(t["w"])]), 3.0),
+    ],
+    ids=["scaled", "assign", "incremented"],
+)
+@pytest.mark.parametrize("donated", [False, True])
+def test_operations_write_over_what_is_donated_and_only_that(
+    operation: Callable[[Any], Any], expected: float, donated: bool
+) -> None:
+    before = make(w=2.0)
+    with tree.donate(before if donated else ()):
+        after = operation(before)
+    assert after["w"].tolist() == [expected] * 2
+    assert before["w"].tolist() == [expected if donated else 2.0] * 2
+    assert (after is before) == donated
 
 
-def test_global_norm():
-    tensors = [torch.randn(3, 4), torch.randn(5).bfloat16(), torch.randn(2).double()]
-    expected = torch.cat([t.double().flatten() for t in tensors]).norm()
-    torch.testing.assert_close(tree.global_norm(tensors).double(), expected, rtol=1e-6, atol=0)
-    assert float(tree.global_norm([])) == 0
+def test_scaling_keeps_the_dtype() -> None:
+    half = tree.frozen({"w": torch.ones(2, dtype=torch.bfloat16)})
+    assert tree.scaled(half, torch.tensor(0.5))["w"].dtype == torch.bfloat16
+
+
+def test_under_vmap_and_in_a_graph_results_are_the_same() -> None:
+    def norm_of_doubled(rows: Tensor) -> Tensor:
+        doubled = tree.scaled(tree.frozen({"w": rows}), torch.tensor(2.0))
+        return tree.global_norm(tree.leaves(doubled)) + tree.incremented(rows).sum()
+
+    rows = torch.arange(6.0).reshape(3, 2)
+    expected = torch.stack([norm_of_doubled(row) for row in rows])
+    torch.testing.assert_close(torch.vmap(norm_of_doubled)(rows), expected)
+    compiled = torch.compile(norm_of_doubled, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(rows[0]), expected[0])

@@ -239,7 +239,7 @@ class CompiledStep:
             after = state.replace()
             _inherit(state, after, "_leaves", "_structure")
         else:
-            after = pytree.tree_unflatten(new_leaves, structure.spec)
+            after = _locked(pytree.tree_unflatten(new_leaves, structure.spec))
         remember_step(state, after, self._updates_per_call(state, after))
         return after, metrics
 
@@ -370,5 +370,5 @@ def _same_trees(a: TrainState, b: TrainState) -> bool:
 
 
 def _locked(result: Any) -> Any:
-    """Trees made inside a graph come out unlocked."""
+    """Trees that come out of a graph, or are put together from leaves, are not locked yet."""
     return pytree.tree_map_only(TensorDict, tree.frozen, result, is_leaf=lambda x: isinstance(x, TensorDict))

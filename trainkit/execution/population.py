@@ -7,11 +7,13 @@ looped over like any other state.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -81,7 +83,7 @@ def over_population(step: StepFn, *, batch_dim: int | None = None, rank: int = 0
         # Parts compiled apart cannot be called from inside of vmap: the population is one part.
         with rng.seeded(seed_of(state, rank), state.step.device), run_parts_with(lambda name, fn: fn), _explained():
             new, metrics = whole(leaves, structure, batch)
-        after: TrainState = pytree.tree_unflatten(new, structure)
+        after = _state_of(new, structure)
         remember_step(state, after)
         return after, metrics
 
@@ -167,8 +169,7 @@ def stack_states(states: Sequence[TrainState]) -> TrainState:
                 f"states: number {i} differs from number 0 in its names, shapes or dtypes; expected equal ones"
             )
         columns.append(leaves)
-    stacked: TrainState = pytree.tree_unflatten([torch.stack(row) for row in zip(*columns, strict=True)], structure)
-    return stacked
+    return _state_of([torch.stack(row) for row in zip(*columns, strict=True)], structure)
 
 
 def unstack_states(state: TrainState) -> list[TrainState]:
@@ -186,7 +187,14 @@ def unstack_states(state: TrainState) -> list[TrainState]:
     _check_stacked(state)
     leaves, structure = pytree.tree_flatten(state)
     members = range(len(state.step))
-    return [pytree.tree_unflatten([t[i].clone() for t in leaves], structure) for i in members]
+    return [_state_of([t[i].clone() for t in leaves], structure) for i in members]
+
+
+def _state_of(leaves: list[Tensor], structure: Any) -> TrainState:
+    """A state from its tensors; its trees are locked again."""
+    state: TrainState = pytree.tree_unflatten(leaves, structure)
+    trees = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return state.replace(**{k: tree.frozen(t) for k, t in trees.items() if isinstance(t, TensorDict)})
 
 
 def _draws_of(state: TrainState, rank: int) -> AbstractContextManager[None]:

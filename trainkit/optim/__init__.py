@@ -5,6 +5,7 @@ from trainkit.optim.adagrad import adagrad as adagrad
 from trainkit.optim.adam import adam as adam
 from trainkit.optim.adamax import adamax as adamax
 from trainkit.optim.adamw import adamw as adamw
+from trainkit.optim.as_torch import as_torch as as_torch
 from trainkit.optim.averaging import average as average
 from trainkit.optim.averaging import ema as ema
 from trainkit.optim.averaging import polyak as polyak
@@ -13,6 +14,7 @@ from trainkit.optim.clip import clip_by_global_norm as clip_by_global_norm
 from trainkit.optim.clip import clip_by_unit_norm as clip_by_unit_norm
 from trainkit.optim.clip import clip_by_value as clip_by_value
 from trainkit.optim.finite import skip_nonfinite as skip_nonfinite
+from trainkit.optim.from_torch import from_torch as from_torch
 from trainkit.optim.groups import by_module_kind as by_module_kind
 from trainkit.optim.groups import by_name as by_name
 from trainkit.optim.groups import by_rank as by_rank
@@ -33,8 +35,6 @@ from trainkit.optim.rmsprop import rmsprop as rmsprop
 from trainkit.optim.schedule_free import schedule_free_adamw as schedule_free_adamw
 from trainkit.optim.schedule_free import schedule_free_eval as schedule_free_eval
 from trainkit.optim.sgd import sgd as sgd
-from trainkit.optim.torch_bridge import as_torch as as_torch
-from trainkit.optim.torch_bridge import from_torch as from_torch
 from trainkit.optim.transform import Transform as Transform
 from trainkit.optim.transform import chain as chain
 from trainkit.optim.transform import identity as identity
