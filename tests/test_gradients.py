@@ -123,6 +123,19 @@ def test_parameters_without_gradient(way: str) -> None:
         WAYS[way](module, unused="skip")
 
 
+@pytest.mark.parametrize("way", ["functional", "live"])
+def test_no_gradient_is_one_number_seen_many_times(way: str) -> None:
+    """The gradient of a sum has strides of zero, and whoever scales it in place would be refused."""
+    module = nn.Linear(3, 2)
+
+    def loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
+        return LossOutput(params["weight"].sum() + params["bias"].sum(), 1)
+
+    gradient = value_and_grad(loss) if way == "functional" else live_value_and_grad(module, loss)
+    found = gradient(init_state(module, sgd(0.1)), torch.ones(1, 3))
+    assert found.grads["weight"].mul_(2).tolist() == [[2.0] * 3] * 2
+
+
 def test_the_functional_gradient_does_not_read_the_module() -> None:
     module = make_module()
     state, batch = init_state(module, sgd(0.1)), make_batch()

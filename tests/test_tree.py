@@ -143,6 +143,13 @@ def test_scopes_nest_and_can_be_closed() -> None:
             assert tree.is_donated([outer])
 
 
+def test_a_scope_ends_with_an_error_too() -> None:
+    mine = torch.ones(1)
+    with pytest.raises(RuntimeError, match="inside"), tree.donate(mine):
+        raise RuntimeError("inside")
+    assert not tree.is_donated([mine])
+
+
 def test_released_temporaries_may_be_overwritten_within_the_scope_only() -> None:
     made = torch.ones(1)
     tree.release([made])

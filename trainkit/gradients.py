@@ -56,13 +56,13 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         names, inputs = list(named), list(named.values())
         with _draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
-            factor = None if scale is None else _mean_scale(scale(state), out)
+            factor = None if scale is None else mean_scale(scale(state), out)
             top = out.loss_sum if factor is None else out.loss_sum * factor
             _check_attached(top)
             found = torch.autograd.grad(top, inputs, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
         if factor is not None:
-            grads = [g / factor.to(g.dtype) for g in grads]
+            grads = [(g / factor).to(g.dtype) for g in grads]
         tree.release(grads)
         return finished(state, out, dict(zip(names, grads, strict=True)))
 
@@ -202,7 +202,8 @@ def weight_of(out: LossOutput) -> Tensor:
     return torch.full((), float(out.weight), device=out.loss_sum.device)
 
 
-def _mean_scale(scale: Tensor, out: LossOutput) -> Tensor:
+def mean_scale(scale: Tensor, out: LossOutput) -> Tensor:
+    """What ``loss_sum`` is multiplied with so that the mean loss is multiplied with ``scale``."""
     weight = weight_of(out)
     return scale / torch.where(weight > 0, weight, 1.0)
 

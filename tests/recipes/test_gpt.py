@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from recipes.gpt import GPT, rotate, sample
@@ -71,12 +72,28 @@ def test_samples_follow_the_distribution_of_the_module(module: GPT) -> None:
     assert 0.5 * (found - expected).abs().sum() < 0.13
 
 
-def test_a_sample_is_decided_by_its_seed_and_sees_its_context(module: GPT) -> None:
-    def draw(prompt: list[int], seed: int, context: int = 4) -> list[int]:
-        written = sample(module, torch.tensor(prompt), context=context, temperature=1.0, seed=seed)
-        return list(itertools.islice(written, 20))
+class Witness(nn.Module):
+    """Any token is as likely as another; keeps what it was shown."""
 
-    assert draw([1], 0) == draw([1], 0)
-    assert draw([1], 0) != draw([1], 1)
-    assert draw([9, 1, 2, 3, 4], 0) == draw([7, 1, 2, 3, 4], 0)
-    assert draw([9, 1, 2, 3, 4], 0, context=5) != draw([7, 1, 2, 3, 4], 0, context=5)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tokens[0].tolist())
+        return torch.zeros(*tokens.shape, 256)
+
+
+def test_a_sample_goes_on_from_its_last_tokens() -> None:
+    witness = Witness()
+    written = sample(witness, torch.tensor([1, 2, 3]), context=4, temperature=1.0, seed=0)
+    tokens = [1, 2, 3, *itertools.islice(written, 5)]
+    assert witness.seen == [tokens[max(0, end - 4) : end] for end in range(3, 8)]
+
+
+def test_a_sample_is_decided_by_its_seed() -> None:
+    draws = [
+        list(itertools.islice(sample(Witness(), torch.tensor([0]), context=4, temperature=1.0, seed=seed), 20))
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
-from trainkit.gradients import LossScale, checked, finished, weight_of
+from trainkit.gradients import LossScale, checked, finished, mean_scale, weight_of
 from trainkit.optim.torch_kernels import under_vmap
 from trainkit.parts import part, run_parts_with
 from trainkit.state import TrainState, remember_step, seed_of
@@ -121,21 +121,27 @@ def member_value_and_grad(
         raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
-        names = list(tree.named(state.params))
+        names, params = list(tree.named(state.params)), tree.leaves(state.params)
 
-        def top(params: list[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
-            out = checked(loss(tree.like(state.params, params), state.buffers, batch))
+        def top(attached: list[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+            out = checked(loss(tree.like(state.params, attached), state.buffers, batch))
             if unused == "error" and not torch.compiler.is_compiling():
-                _check_used(out.loss_sum, names, params)
-            scaled = out.loss_sum if scale is None else out.loss_sum * scale(state)
+                _check_used(out.loss_sum, names, attached)
+            factor = torch.ones_like(out.loss_sum) if scale is None else mean_scale(scale(state), out)
             # TensorDicts do not pass through, their tensors do.
             buffers = state.buffers if out.buffers is None else out.buffers
-            return scaled, (out.loss_sum, weight_of(out), dict(out.metrics), tree.leaves(buffers))
+            return out.loss_sum * factor, (
+                out.loss_sum,
+                weight_of(out),
+                factor,
+                dict(out.metrics),
+                tree.leaves(buffers),
+            )
 
         with _draws_of(state, rank):
-            grads, (loss_sum, weight, metrics, buffers) = torch.func.grad(top, has_aux=True)(tree.leaves(state.params))
+            grads, (loss_sum, weight, factor, metrics, buffers) = torch.func.grad(top, has_aux=True)(params)
         if scale is not None:
-            grads = [g / scale(state) for g in grads]
+            grads = [(g / factor).to(g.dtype) for g in grads]
         out = LossOutput(loss_sum, weight, metrics, tree.like(state.buffers, buffers))
         return finished(state, out, dict(zip(names, grads, strict=True)))
 

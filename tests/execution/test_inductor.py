@@ -1,0 +1,64 @@
+"""Calling the compiler: many steps in one process, and what is left out of a graph."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainkit import LossOutput, init_state, make_train_step
+from trainkit.execution import compile_step, inductor
+from trainkit.optim import sgd
+
+
+def make_step(width: int, log: Any = lambda: None) -> Any:
+    def loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
+        log()
+        return LossOutput((params["weight"] * x).sum(), x.shape[0])
+
+    return make_train_step(loss, sgd(0.5))
+
+
+def test_steps_share_no_limits_and_no_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All whole steps are one text to Dynamo, which compiles a text eight times, and takes what differs for symbolic."""
+    sizes: list[Any] = []
+
+    def compiled(graph: Any, inputs: list[Any], **options: Any) -> Any:
+        sizes.extend(size for t in inputs if isinstance(t, Tensor) for size in t.shape)
+        sizes.extend(size for size in inputs if not isinstance(size, Tensor))
+        return graph.forward
+
+    monkeypatch.setattr(inductor, "compile_fx", compiled)
+    for width in range(2, 12):
+        step = compile_step(make_step(width), strategy="whole")
+        layer = nn.Linear(width, 1, bias=False)
+        after, _ = step(init_state(layer, sgd(0.5)), torch.ones(4, width))
+        torch.testing.assert_close(after.params["weight"], layer.weight.detach() - 0.5)
+    assert all(type(size) is int for size in sizes)
+
+
+def test_what_is_logged_once_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message: self.warning(message), raising=False)
+    logger: Any = logging.getLogger("a model")
+    before = set(torch._dynamo.config.ignore_logging_functions)
+    layer = nn.Linear(2, 1, bias=False)
+    step = compile_step(make_step(2, lambda: logger.warning_once("said once")), strategy="whole")
+    after, _ = step(init_state(layer, sgd(0.5)), torch.ones(4, 2))
+    assert step.explain().strategy == "whole"
+    torch.testing.assert_close(after.params["weight"], layer.weight.detach() - 0.5)
+    assert torch._dynamo.config.ignore_logging_functions == before
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_tracing_puts_the_settings_back(raised: bool) -> None:
+    config = torch._dynamo.config
+    before = config.trace_autograd_ops, config.ignore_logging_functions
+    try:
+        with inductor.tracing():
+            assert config.trace_autograd_ops
+            if raised:
+                raise KeyError
+    except KeyError:
+        pass
+    assert (config.trace_autograd_ops, config.ignore_logging_functions) == before
