@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import make_batch, make_model
 from trainkit import LossOutput, functional, init_state, make_train_step
-from trainkit.execution import compile_step
+from trainkit.execution import compile_step, repeated
 from trainkit.optim import adamw, chain, clip_by_global_norm
 
 RATE = 1e-3
@@ -59,8 +59,11 @@ def by_hand(size: str, *, compiled: bool, depth: int | None = None) -> Loop:
     return Loop(step, persistent)
 
 
-def with_trainkit(size: str, *, strategy: Any, depth: int | None = None) -> Loop:
-    """The same with trainkit; ``strategy`` as for ``compile_step``, which donates."""
+def with_trainkit(size: str, *, strategy: Any, depth: int | None = None, regions: bool = False) -> Loop:
+    """The same with trainkit; ``strategy`` as for ``compile_step``, which donates.
+
+    ``regions`` lets the compiler treat the blocks as one that is called several times.
+    """
     module, (x, y) = make_model(size, depth), make_batch(size)
     model = functional(module)
 
@@ -71,7 +74,8 @@ def with_trainkit(size: str, *, strategy: Any, depth: int | None = None) -> Loop
 
     optimizer = chain(clip_by_global_norm(1.0), adamw(RATE, weight_decay=0.1))
     state = init_state(module, optimizer, copy=False)
-    train = compile_step(make_train_step(loss, optimizer), strategy=strategy)
+    whole_loss = repeated(loss, module, "blocks.*") if regions else loss
+    train = compile_step(make_train_step(whole_loss, optimizer), strategy=strategy)
 
     def step() -> Tensor:
         nonlocal state
@@ -90,5 +94,10 @@ LOOPS: dict[str, Callable[..., Loop]] = {
     "hand, compiled": lambda size, depth=None: by_hand(size, compiled=True, depth=depth),
     "trainkit, eager": lambda size, depth=None: with_trainkit(size, strategy="eager", depth=depth),
     "trainkit, compiled": lambda size, depth=None: with_trainkit(size, strategy="whole", depth=depth),
+}
+BY_DEPTH: dict[str, Callable[..., Loop]] = {
+    "hand, compiled": LOOPS["hand, compiled"],
+    "trainkit, compiled": LOOPS["trainkit, compiled"],
+    "trainkit, repeated": lambda size, depth: with_trainkit(size, strategy="whole", depth=depth, regions=True),
 }
 PEER = {"trainkit, eager": "hand, eager", "trainkit, compiled": "hand, compiled"}

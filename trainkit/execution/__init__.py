@@ -5,6 +5,10 @@ from trainkit.execution.compile import CompiledStep as CompiledStep
 from trainkit.execution.compile import Explanation as Explanation
 from trainkit.execution.compile import FallbackWarning as FallbackWarning
 from trainkit.execution.compile import compile_step as compile_step
+from trainkit.execution.population import member_value_and_grad as member_value_and_grad
+from trainkit.execution.population import over_population as over_population
+from trainkit.execution.population import stack_states as stack_states
+from trainkit.execution.population import unstack_states as unstack_states
 from trainkit.execution.precision import Precision as Precision
 from trainkit.execution.precision import autocast as autocast
 from trainkit.execution.precision import bf16_mixed as bf16_mixed
