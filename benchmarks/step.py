@@ -1,8 +1,9 @@
 """``python -m benchmarks.step --json FILE``: trainkit's step beside the loop written by hand.
 
-Per model size one process with an empty compile cache, in which the four loops take turns step by step. Printed are
-the median step time, its ratio to the peer, the peak memory of a step (all tensors alive at once, from the
-allocator's own record), and the time of the first call, which compiles.
+Per model size one process with an empty compile cache, in which the four loops take turns of ten steps: one after the
+other every loop would find its code and data pushed out of the caches by the other three. Printed are the median step
+time, its ratio to the peer with the range of that ratio over the fifths of the run, the peak memory of a step (all
+tensors alive at once, from the allocator's own record), and the time of the first call, which compiles.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.loops import BY_DEPTH, LOOPS, PEER, Loop
 from benchmarks.models import SIZES
 
-ROUNDS = {"mlp": 1000, "gpt-1m": 150, "gpt-10m": 40}
-THREADS = {"mlp": 1, "gpt-1m": 2, "gpt-10m": 2}
-"""For all loops of a size. Kernels of microseconds are faster on one thread than on two that wait for each other."""
+TURNS = {"mlp": 200, "gpt-1m": 25, "gpt-10m": 10}
+STEPS_PER_TURN = 10
+PARTS = 5
+ACROSS = "trainkit, compiled / hand, eager"
 WARM_UP = 5
 DEPTHS = (4, 8, 16)
 
@@ -59,28 +61,36 @@ def peak_bytes(loop: Loop) -> int:
 
 def measure(size: str) -> dict[str, Any]:
     """All four loops of one size, in this process."""
-    torch.set_num_threads(THREADS[size])
     loops = {name: make(size) for name, make in LOOPS.items()}
     first = {name: timed(loop) for name, loop in loops.items()}
     losses = {name: [float(loop.step()) for _ in range(WARM_UP)] for name, loop in loops.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(ROUNDS[size]):
+    for _ in range(TURNS[size]):
         for name, loop in loops.items():
-            times[name].append(timed(loop))
+            times[name] += [timed(loop) for _ in range(STEPS_PER_TURN)]
     memory = {name: peak_bytes(loop) for name, loop in loops.items()}
     medians = {name: median(values) for name, values in times.items()}
+    pairs = {**{name: (name, peer) for name, peer in PEER.items()}, ACROSS: ("trainkit, compiled", "hand, eager")}
     return {
         "size": size,
-        "rounds": ROUNDS[size],
-        "threads": THREADS[size],
+        "steps": TURNS[size] * STEPS_PER_TURN,
+        "threads": torch.get_num_threads(),
         "first_call_seconds": first,
         "losses": losses,
         "median_seconds": medians,
         "peak_bytes": memory,
-        "time_ratio": {name: medians[name] / medians[peer] for name, peer in PEER.items()}
-        | {"trainkit, compiled / hand, eager": medians["trainkit, compiled"] / medians["hand, eager"]},
+        "time_ratio": {label: medians[name] / medians[peer] for label, (name, peer) in pairs.items()},
+        "time_ratio_range": {label: ratio_range(times[name], times[peer]) for label, (name, peer) in pairs.items()},
         "memory_ratio": {name: memory[name] / memory[peer] for name, peer in PEER.items()},
     }
+
+
+def ratio_range(times: list[float], of_peer: list[float]) -> tuple[float, float]:
+    """The lowest and highest ratio of medians over consecutive parts of the run."""
+    size = len(times) // PARTS
+    parts = [slice(i * size, (i + 1) * size) for i in range(PARTS)]
+    ratios = [median(times[part]) / median(of_peer[part]) for part in parts]
+    return min(ratios), max(ratios)
 
 
 def measure_depth(name: str, depth: int) -> dict[str, Any]:
@@ -112,19 +122,24 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['size']}  ({result['rounds']} rounds, interleaved, {result['threads']} threads)")
-    print(f"  {'loop':20} {'step ms':>9} {'ratio':>7} {'peak MiB':>9} {'ratio':>7} {'first call s':>13}")
+    def ratio(label: str) -> str:
+        low, high = result["time_ratio_range"][label]
+        return f"{result['time_ratio'][label]:.3f} ({low:.3f}-{high:.3f})"
+
+    print(f"\n{result['size']}  ({result['steps']} steps each, interleaved, {result['threads']} threads)")
+    print(f"  {'loop':20} {'step ms':>9} {'ratio':>21} {'peak MiB':>9} {'ratio':>7} {'first call s':>13}")
     for name, seconds in result["median_seconds"].items():
-        ratio = f"{result['time_ratio'][name]:.3f}" if name in PEER else ""
+        times = ratio(name) if name in PEER else ""
         memory = f"{result['memory_ratio'][name]:.3f}" if name in PEER else ""
         peak = result["peak_bytes"][name] / 2**20
         first = result["first_call_seconds"][name]
-        print(f"  {name:20} {seconds * 1e3:9.3f} {ratio:>7} {peak:9.2f} {memory:>7} {first:13.1f}")
-    print(f"  trainkit compiled / hand eager: {result['time_ratio']['trainkit, compiled / hand, eager']:.3f}")
+        print(f"  {name:20} {seconds * 1e3:9.3f} {times:>21} {peak:9.2f} {memory:>7} {first:13.1f}")
+    print(f"  {ACROSS}: {ratio(ACROSS)}")
 
 
 def main() -> None:

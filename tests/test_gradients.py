@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from trainkit import (
     LossOutput,
     TrainState,
+    accumulate,
+    apply_updates,
     functional,
     init_state,
     live_value_and_grad,
@@ -192,6 +194,45 @@ def test_a_loss_scale_keeps_gradients_that_are_too_small_on_their_way() -> None:
     assert float(value_and_grad(loss)(state, x).grads["weight"]) == 0
     scaled = value_and_grad(loss, scale=lambda state: torch.tensor(2.0**20))(state, x)
     assert float(scaled.grads["weight"]) == 2.0**-16
+
+
+# -- of the mean ---------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_the_mean_is_that_of_the_plain_loop() -> None:
+    module = make_module()
+    state, (x, y) = init_state(module, sgd(0.1)), make_batch()
+    found = value_and_grad(make_loss(module), mean=True)(state, (x, y))
+    F.cross_entropy(module(x), y).backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(found.grads[name], p.grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.factor, torch.tensor(1 / len(y)))
+
+
+def test_the_gradient_of_the_mean_of_nothing_is_zero() -> None:
+    module = nn.Linear(3, 2)
+    nothing = lambda params, buffers, x: LossOutput(F.linear(x, params["weight"], params["bias"]).sum(), 0.0)  # noqa: E731
+    found = value_and_grad(nothing, mean=True)(init_state(module, sgd(0.1)), torch.ones(4, 3))
+    assert not found.grads["weight"].any()
+    assert not found.grads["bias"].any()
+
+
+def test_a_loss_in_low_precision_gives_the_gradient_of_its_sum() -> None:
+    loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), 3.0)  # noqa: E731
+    state = init_state(nn.Linear(2, 1, bias=False).bfloat16(), sgd(0.1))
+    found = value_and_grad(loss, mean=True)(state, torch.ones(3, 2, dtype=torch.bfloat16))
+    assert found.factor is None
+    torch.testing.assert_close(found.grads["weight"], torch.full((1, 2), 3.0, dtype=torch.bfloat16))
+
+
+def test_gradients_of_means_are_not_added_up() -> None:
+    module = make_module()
+    gradient = value_and_grad(make_loss(module), mean=True)
+    state = init_state(module, sgd(0.1))
+    with pytest.raises(ValueError, match=r"gradient: it gives gradients of the mean .* cannot be added up"):
+        accumulate(gradient, 2)(state, make_batch())
+    with pytest.raises(ValueError, match=r"gradient: it gives gradients of the mean .* cannot be added up"):
+        apply_updates(gradient, sgd(0.1), reduce=lambda found: found)(state, make_batch())
 
 
 # -- per example ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
+from trainkit.gradients import sums
 from trainkit.state import TrainState, remember_step
 from trainkit.types import Batch, GradientFn, Gradients, Metrics
 
@@ -48,9 +49,9 @@ def accumulate(gradient: GradientFn, n: int | None = None) -> GradientFn:
     def accumulated(state: TrainState, batch: Batch) -> Gradients:
         parts = _sequence(batch) if n is None else split_batch(batch, n)
         with tree.temporaries():
-            total = gradient(_of_microbatch(state, 0), parts[0])
+            total = sums(gradient(_of_microbatch(state, 0), parts[0]))
             for i, part in enumerate(parts[1:], start=1):
-                one = gradient(_of_microbatch(state.replace(buffers=total.buffers), i), part)
+                one = sums(gradient(_of_microbatch(state.replace(buffers=total.buffers), i), part))
                 total = add_gradients(total, one)
         return total
 

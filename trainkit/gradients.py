@@ -18,7 +18,9 @@ LossScale = Callable[[TrainState], Tensor]
 """Reads the current loss scale (0-d tensor) out of the state."""
 
 
-def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None) -> GradientFn:
+def value_and_grad(
+    loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None, mean: bool = False
+) -> GradientFn:
     """The gradient of ``loss_sum`` with respect to ``state.params``, by ``torch.autograd.grad``.
 
     Random draws inside the loss are seeded by ``fold_in(state.key, state.step, rank)``; the global generators are
@@ -30,6 +32,9 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         unused: what a parameter without gradient means: "error", or "zero" for models that use parts by turns.
         scale: multiplies the mean loss (``loss_sum / weight``) before the backward pass, so that a scale fits batches
             of any weight; the gradients are divided by the same number afterwards.
+        mean: start the backward pass from ``1 / weight``, so that the gradient is that of the mean and needs no pass
+            of its own for the division. For batches that are not added to others. A loss in less than float32 is
+            not divided so, since that would round the weight.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -56,15 +61,17 @@ def value_and_grad(loss: LossFn, *, rank: int = 0, unused: str = "error", scale:
         names, inputs = list(named), list(named.values())
         with _draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
-            factor = None if scale is None else mean_scale(scale(state), out)
-            top = out.loss_sum if factor is None else out.loss_sum * factor
-            _check_attached(top)
-            found = torch.autograd.grad(top, inputs, allow_unused=True)
+            _check_attached(out.loss_sum)
+            weight = weight_of(out)
+            upscale = None if scale is None else mean_scale(scale(state), weight)
+            top = out.loss_sum if upscale is None else out.loss_sum * upscale
+            factor = inverse(weight).to(top.dtype) if mean and upscale is None and _is_precise(top) else None
+            found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
-        if factor is not None:
-            grads = [(g / factor).to(g.dtype) for g in grads]
+        if upscale is not None:
+            grads = [(g / upscale).to(g.dtype) for g in grads]
         tree.release(grads)
-        return finished(state, out, dict(zip(names, grads, strict=True)))
+        return finished(state, out, weight, dict(zip(names, grads, strict=True)), factor)
 
     return gradients
 
@@ -113,7 +120,7 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
                 p.data, p.grad = data, grad
         grads = _filled(names, inputs, found, unused)
         tree.release(grads)
-        return finished(state, out, dict(zip(names, grads, strict=True)))
+        return finished(state, out, weight_of(out), dict(zip(names, grads, strict=True)))
 
     return gradients
 
@@ -183,16 +190,31 @@ def checked(out: Any) -> LossOutput:
     return out
 
 
-def finished(state: TrainState, out: LossOutput, grads: dict[str, Tensor]) -> Gradients:
+def finished(
+    state: TrainState, out: LossOutput, weight: Tensor, grads: dict[str, Tensor], factor: Tensor | None = None
+) -> Gradients:
     """Put a loss output and its gradients together, detached."""
     buffers = state.buffers if out.buffers is None else out.buffers
     return Gradients(
-        tree.like(state.params, list(grads.values())),
+        tree.frozen(grads),
         out.loss_sum.detach(),
-        weight_of(out),
+        weight,
         _detached(dict(out.metrics)),
         buffers,
+        factor,
     )
+
+
+def sums(gradients: Gradients) -> Gradients:
+    """The gradients, if they are those of sums, which can be added to others.
+
+    Raises: ValueError if they were divided already.
+    """
+    if gradients.factor is not None:
+        raise ValueError(
+            "gradient: it gives gradients of the mean (mean=True), which cannot be added up; expected those of the sum"
+        )
+    return gradients
 
 
 def weight_of(out: LossOutput) -> Tensor:
@@ -202,9 +224,18 @@ def weight_of(out: LossOutput) -> Tensor:
     return torch.full((), float(out.weight), device=out.loss_sum.device)
 
 
-def mean_scale(scale: Tensor, out: LossOutput) -> Tensor:
+def inverse(weight: Tensor) -> Tensor:
+    """1 / weight, and 0 for a weight of zero, where nothing was summed.
+
+    Example:
+        >>> inverse(torch.tensor([4.0, 0.0]))
+        tensor([0.2500, 0.0000])
+    """
+    return weight.reciprocal().nan_to_num(posinf=0.0)
+
+
+def mean_scale(scale: Tensor, weight: Tensor) -> Tensor:
     """What ``loss_sum`` is multiplied with so that the mean loss is multiplied with ``scale``."""
-    weight = weight_of(out)
     return scale / torch.where(weight > 0, weight, 1.0)
 
 
@@ -219,6 +250,10 @@ def _detached(metrics: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, metrics) if metrics else metrics
 
 
+def _is_precise(loss_sum: Tensor) -> bool:
+    return loss_sum.dtype in (torch.float32, torch.float64)
+
+
 def _check_attached(loss_sum: Tensor) -> None:
     if not loss_sum.requires_grad:
         raise ValueError(
@@ -228,6 +263,12 @@ def _check_attached(loss_sum: Tensor) -> None:
 
 
 def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> list[Tensor]:
+    if (
+        not torch.compiler.is_compiling()
+        and set(map(type, found)) == {Tensor}
+        and all(map(Tensor.is_contiguous, found))
+    ):
+        return list(found)
     missing = [name for name, g in zip(names, found, strict=True) if g is None]
     if missing and unused == "error":
         raise ValueError(
@@ -239,4 +280,6 @@ def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> 
 
 def _dense(grad: Tensor) -> Tensor:
     """The gradient of a sum is one number with strides of zero, which nobody could scale in place."""
-    return grad.clone(memory_format=torch.contiguous_format) if 0 in grad.stride() else grad
+    if grad.is_contiguous() or 0 not in grad.stride():
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)

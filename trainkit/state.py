@@ -92,10 +92,15 @@ def advance(state: TrainState, **changes: Any) -> TrainState:
 
 
 def remember_step(before: TrainState, after: TrainState, updates: int = 1) -> None:
-    """Tell ``after`` its step on the host, if ``before`` knew its own, so that nobody needs to ask the device."""
+    """Tell ``after`` its step on the host, if ``before`` knew its own, so that nobody needs to ask the device.
+
+    What is known of the key is handed on too.
+    """
     cached = before.__dict__.get("_host_step")
     if cached is not None:
         after.__dict__["_host_step"] = cached + updates
+    if "_host_key" in before.__dict__:
+        after.__dict__["_host_key"] = before.__dict__["_host_key"]
 
 
 def seed_of(state: TrainState, rank: int = 0) -> int:
@@ -109,8 +114,17 @@ def seed_of(state: TrainState, rank: int = 0) -> int:
         >>> seed_of(state) == int(rng.fold_in(state.key, state.step, 0))
         True
     """
-    key, *others = state.key.reshape(-1).tolist()
-    return rng.fold_in_host(key, *others, host_step(state), rank)
+    return rng.fold_in_host(*_host_key(state), host_step(state), rank)
+
+
+def _host_key(state: TrainState) -> tuple[int, ...]:
+    """The numbers of ``state.key``, read once for as long as nobody writes into that tensor."""
+    kept = state.__dict__.get("_host_key")
+    if kept is not None and kept[0] is state.key and kept[1] == state.key._version:
+        return kept[2]  # type: ignore[no-any-return]
+    numbers = tuple(state.key.reshape(-1).tolist())
+    state.__dict__["_host_key"] = (state.key, state.key._version, numbers)
+    return numbers
 
 
 def attached_params(state: TrainState) -> Params:

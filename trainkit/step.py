@@ -10,7 +10,7 @@ import torch
 from trainkit import tree
 from trainkit.accumulate import accumulate as accumulated
 from trainkit.accumulate import num_rows
-from trainkit.gradients import LossScale, value_and_grad
+from trainkit.gradients import LossScale, inverse, sums, value_and_grad
 from trainkit.metrics import Latest, Mean
 from trainkit.optim.transform import Transform, reports
 from trainkit.parts import part
@@ -33,7 +33,7 @@ class PrecisionPolicy(Protocol):
 
 
 def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce | None = None) -> StepFn:
-    """Divide the gradient once by the total weight and update the parameters.
+    """Divide the gradient once by the total weight, if that is not done yet, and update the parameters.
 
     g = sum of gradients / sum of weights;  params, opt_state <- optimizer(g);  step <- step + 1.
 
@@ -51,10 +51,10 @@ def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce 
         with tree.temporaries():
             found = gradient(state, batch)
             if reduce is not None:
-                found = reduce(found)
+                found = reduce(sums(found))
             with torch.no_grad():
-                factor = found.weight.reciprocal().nan_to_num(posinf=0.0)
-                grads = tree.scaled(found.grads, factor)
+                factor = inverse(found.weight) if found.factor is None else found.factor
+                grads = tree.scaled(found.grads, factor) if found.factor is None else found.grads
                 mean = found.loss_sum * factor
                 params, opt_state = part("update", optimizer.apply)(grads, state.opt_state, state.params, loss=mean)
                 after = advance(state, params=params, buffers=found.buffers, opt_state=opt_state)
@@ -87,7 +87,8 @@ def make_train_step(
         accumulate: microbatches that each batch is split into; None if batches are lists of microbatches.
         precision: a policy of ``trainkit.execution.precision``; None computes in the parameters' dtype. Use
             ``policy.init_state`` or the policy's optimizer for the first state.
-        gradients: how gradients are obtained, called as ``gradients(loss, rank=..., unused=..., scale=...)``.
+        gradients: how gradients are obtained, called as ``gradients(loss, rank=..., unused=..., scale=...,
+            mean=...)``; ``mean`` allows to return them divided.
         reduce: adds gradients over ranks.
         rank: this process' place among the data-parallel ones.
         unused: "error" or "zero": what a parameter without gradient means.
@@ -109,7 +110,8 @@ def make_train_step(
     scale = None
     if precision is not None:
         loss, optimizer, scale = precision.loss(loss), precision.optimizer(optimizer), precision.scale
-    gradient = gradients(loss, rank=rank, unused=unused, scale=scale)
+    alone = accumulate == 1 and reduce is None
+    gradient = gradients(loss, rank=rank, unused=unused, scale=scale, mean=alone)
     if accumulate != 1:
         gradient = accumulated(gradient, accumulate)
     step = apply_updates(gradient, optimizer, reduce=reduce)

@@ -19,11 +19,45 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Ownership = dict[int, "weakref.ref[Tensor]"]
-"""The tensors that may be overwritten, by ``id``. Weak, so that a scope keeps no temporaries alive; compared on use,
-since ids are given again."""
+Ownership = dict[int, Tensor]
+"""Tensors that may be overwritten, by ``id``."""
 
-_donated: ContextVar[Ownership | None] = ContextVar("donated", default=None)
+
+class _Scope:
+    """What may be overwritten: tensors that were given, and temporaries that were released or copied on the way.
+
+    Temporaries are held weakly, so that a scope keeps none alive, and compared on use, since ids are given again.
+    """
+
+    def __init__(self, given: Ownership, temporaries: dict[int, weakref.ref[Tensor]]) -> None:
+        self.given = given
+        self.temporaries = temporaries
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        self.temporaries[id(copy)] = weakref.ref(copy)
+        return copy
+
+    def own(self, tensors: list[Tensor]) -> bool:
+        # A step asks this for every tensor that it has, so the common answer is found without a loop in Python.
+        if all(map(self.given.__contains__, map(id, tensors))):
+            return True
+        released = self.temporaries.get
+        return all(((ref := released(id(t))) is not None and ref() is t) or id(t) in self.given for t in tensors)
+
+    def owns(self, tensor: Tensor) -> bool:
+        reference = self.temporaries.get(id(tensor))
+        return id(tensor) in self.given or (reference is not None and reference() is tensor)
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
+
+
+def _open_scope() -> _Scope | None:
+    return None if torch.compiler.is_compiling() else _scope.get()
+
+
+_NO_BATCH = torch.Size([])
 
 
 def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
@@ -36,12 +70,12 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
     if torch.compiler.is_compiling():
         # Inside a graph nobody can hold on to the tree, and locking there only warns.
         return TensorDict({} if mapping is None else mapping, batch_size=[])
-    # A locked tree remembers every tree that it is put into, for ever; a shallow copy starts without memories.
-    given = () if mapping is None else mapping.items()
-    entries = {name: v.copy() if isinstance(v, TensorDict) else v for name, v in given}
-    tree = TensorDict(entries, batch_size=[])
-    tree.lock_()
-    return tree
+    entries: dict[str, Any] = {} if mapping is None else dict(mapping.items())
+    # To find that a tensor is no TensorDict takes ten times as long as to see that it is a tensor.
+    if set(map(type, entries.values())) != {Tensor}:
+        # A locked tree remembers every tree that it is put into, for ever; a shallow copy starts without memories.
+        entries = {name: v.copy() if isinstance(v, TensorDict) else v for name, v in entries.items()}
+    return TensorDict(entries, batch_size=_NO_BATCH, lock=True)
 
 
 def leaves(tree: TensorDict) -> list[Tensor]:
@@ -102,7 +136,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     norms = _norms(tensors) if has_foreach() else [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in tensors]
-    return _replicated(torch.linalg.vector_norm(torch.stack(norms)))
+    return _replicated(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
@@ -168,7 +202,7 @@ def _replicated(number: Tensor) -> Tensor:
 
 def ownership(*trees: Any) -> Ownership:
     """The tensors of trees (any pytrees) as something :func:`donate` takes, for scopes that are opened often."""
-    return dict(_references(t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)))
+    return {id(t): t for t in pytree.tree_leaves(trees) if isinstance(t, Tensor)}
 
 
 @contextmanager
@@ -181,17 +215,18 @@ def donate(*trees: Any, owned: Ownership | None = None) -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    token = _donated.set({**(_donated.get() or {}), **(owned or {}), **ownership(*trees)})
+    outer = _scope.get() or _Scope({}, {})
+    token = _scope.set(_Scope({**outer.given, **(owned or {}), **ownership(*trees)}, dict(outer.temporaries)))
     try:
         yield
     finally:
-        _donated.reset(token)
+        _scope.reset(token)
 
 
 @contextmanager
 def temporaries() -> Iterator[None]:
     """A scope in which :func:`release` has an effect: the open donation scope, or a new one that owns nothing yet."""
-    if torch.compiler.is_compiling() or _donated.get() is not None:
+    if torch.compiler.is_compiling() or _scope.get() is not None:
         yield
         return
     with donate():
@@ -204,33 +239,32 @@ def keep() -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    token = _donated.set(None)
+    token = _scope.set(None)
     try:
         yield
     finally:
-        _donated.reset(token)
+        _scope.reset(token)
 
 
 def release(tensors: Iterable[Tensor]) -> None:
     """Add temporaries, whose maker has no more use for them, to the donation scope if one is open."""
-    owned = None if torch.compiler.is_compiling() else _donated.get()
-    if owned is not None:
-        owned.update(_references(tensors))
+    scope = _open_scope()
+    if scope is not None:
+        scope.temporaries.update([(id(t), weakref.ref(t)) for t in tensors])
 
 
-def writable(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Tensors that may be overwritten: the given ones where they are donated, else copies.
+def writable(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors that may be overwritten: the given list itself where all are donated, else copies of those that are not.
 
     Inside ``torch.compile`` always copies, which the compiler removes.
     """
-    owned = None if torch.compiler.is_compiling() else _donated.get()
-    if owned is None:
+    scope = _open_scope()
+    if scope is None:
         return [t.clone() for t in tensors]
-    # Spelled out, since a step asks this for every tensor that it has.
-    return [t if (ref := owned.get(id(t))) is not None and ref() is t else _own_copy(owned, t) for t in tensors]
+    return tensors if scope.own(tensors) else [t if scope.owns(t) else scope.copy(t) for t in tensors]
 
 
-def is_donated(tensors: Iterable[Tensor]) -> bool:
+def is_donated(tensors: list[Tensor]) -> bool:
     """Whether :func:`writable` would hand out all of these tensors themselves.
 
     Example:
@@ -239,8 +273,8 @@ def is_donated(tensors: Iterable[Tensor]) -> bool:
         ...     print(is_donated([w]), is_donated([torch.zeros(1)]))
         True False
     """
-    owned = None if torch.compiler.is_compiling() else _donated.get()
-    return owned is not None and all(_is_owned(owned, t) for t in tensors)
+    scope = _open_scope()
+    return scope is not None and scope.own(tensors)
 
 
 def assign(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
@@ -248,9 +282,10 @@ def assign(tree: TensorDict, tensors: Sequence[Tensor]) -> TensorDict:
 
     For small values (counters, reports): where the values are large, compute in :func:`writable` tensors instead.
     """
-    if not is_donated(leaves(tree)):
+    own = leaves(tree)
+    if not is_donated(own):
         return like(tree, tensors)
-    for old, new in zip(leaves(tree), tensors, strict=True):
+    for old, new in zip(own, tensors, strict=True):
         old.copy_(new)
     return tree
 
@@ -263,25 +298,13 @@ def incremented(count: Tensor) -> Tensor:
     return new.add_(1)
 
 
-def _references(tensors: Iterable[Tensor]) -> list[tuple[int, weakref.ref[Tensor]]]:
-    return [(id(t), weakref.ref(t)) for t in tensors]
-
-
-def _is_owned(owned: Ownership, tensor: Tensor) -> bool:
-    reference = owned.get(id(tensor))
-    return reference is not None and reference() is tensor
-
-
-def _own_copy(owned: Ownership, tensor: Tensor) -> Tensor:
-    copy = tensor.clone()
-    owned[id(copy)] = weakref.ref(copy)
-    return copy
-
-
 def scaled(tree: TensorDict, factor: Tensor) -> TensorDict:
-    """Every tensor times a 0-d factor, in its own dtype."""
-    out = writable(leaves(tree))
+    """Every tensor times a 0-d factor, in its own dtype; ``tree`` itself for a factor of one that the host can see."""
     if not has_foreach():
-        return like(tree, [(t * factor).to(t.dtype) for t in out])
+        return like(tree, [(t * factor).to(t.dtype) for t in leaves(tree)])
+    if factor.is_cpu and factor.item() == 1.0:
+        return tree
+    own = leaves(tree)
+    out = writable(own)
     torch._foreach_mul_(out, factor)
-    return like(tree, out)
+    return tree if out is own else like(tree, out)

@@ -57,6 +57,8 @@ class Gradients:
         weight: 0-d tensor; ``grads / weight`` is the gradient of the mean loss.
         metrics: mergeable quantities.
         buffers: the module's buffers after the forward pass.
+        factor: 0-d tensor, what ``grads`` were multiplied with already: 1 / weight. None for those of the sum, which
+            alone can be added to others.
     """
 
     grads: Params
@@ -64,6 +66,7 @@ class Gradients:
     weight: Tensor
     metrics: Metrics
     buffers: Buffers
+    factor: Tensor | None = None
 
 
 class LossFn(Protocol):

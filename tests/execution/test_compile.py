@@ -10,6 +10,7 @@ from torch import nn
 from trainkit import LossOutput, SpentStateError, TrainState, functional, init_state, make_train_step, run
 from trainkit.execution import FallbackWarning, compile_step
 from trainkit.optim import adamw, chain, clip_by_global_norm, from_torch, sgd
+from trainkit.rng import fold_in
 
 STRATEGIES = ("eager", "split", "whole")
 
@@ -203,6 +204,37 @@ def test_dropout_depends_on_the_state_alone_and_can_equal_the_eager_masks():
     assert losses(own) == losses(own)
     same = compile_step(text, strategy="whole", donate=False, same_random=True)
     assert losses(same) == pytest.approx(losses(text), rel=1e-5)
+
+
+def test_a_changed_module_is_noticed():
+    module, tx = nn.Sequential(nn.Dropout(1.0), nn.Linear(6, 4)), sgd(0.1)
+    step = compile_step(make_train_step(make_loss(module), tx), strategy="whole", donate=False)
+    state, batch = init_state(module, tx), make_batch()
+    _, in_training = step(state, batch)
+    module.eval()
+    _, in_evaluation = step(state, batch)
+    bias = state.params["1.bias"].expand(8, 4)
+    torch.testing.assert_close(in_training["loss"].compute(), F.cross_entropy(bias, batch["y"]))
+    torch.testing.assert_close(
+        in_evaluation["loss"].compute(), F.cross_entropy(module(batch["x"]), batch["y"]).detach()
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_key_that_a_step_exchanges_seeds_the_next(strategy):
+    module, tx = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)), sgd(0.1)
+    plain = make_train_step(make_loss(module), tx)
+
+    def rekeyed(state, batch):
+        after, metrics = plain(state, batch)
+        return after.replace(key=fold_in(after.key, 1)), metrics
+
+    def losses(step):
+        return [float(r.metrics["loss"].compute()) for r in run(step, init_state(module, tx), [make_batch()] * 3)]
+
+    assert losses(compile_step(rekeyed, strategy=strategy, same_random=True)) == pytest.approx(
+        losses(rekeyed), rel=1e-5
+    )
 
 
 def test_unknown_strategy():

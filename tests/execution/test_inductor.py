@@ -41,14 +41,27 @@ def test_steps_share_no_limits_and_no_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(type(size) is int for size in sizes)
 
 
-def test_what_is_logged_once_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_for_one_shape_each_may_be_more_than_the_compiler_keeps_of_one_function() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    step = compile_step(make_step(2), strategy="whole", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        state = init_state(layer, sgd(0.5))
+        for rows in (1, 2, 3, 4):
+            state, _ = step(state, torch.ones(rows, 2))
+    torch.testing.assert_close(state.params["weight"], layer.weight.detach() - 4 * 0.5)
+    assert step.explain().compilations == 4
+
+
+@pytest.mark.parametrize("strategy", ["whole", "split"])
+def test_what_is_logged_once_does_not_break_the_graph(monkeypatch: pytest.MonkeyPatch, strategy: Any) -> None:
     monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message: self.warning(message), raising=False)
     logger: Any = logging.getLogger("a model")
     before = set(torch._dynamo.config.ignore_logging_functions)
     layer = nn.Linear(2, 1, bias=False)
-    step = compile_step(make_step(2, lambda: logger.warning_once("said once")), strategy="whole")
+    step = compile_step(make_step(2, lambda: logger.warning_once("said once")), strategy=strategy)
     after, _ = step(init_state(layer, sgd(0.5)), torch.ones(4, 2))
-    assert step.explain().strategy == "whole"
+    assert step.explain().strategy == strategy
+    assert step.explain().breaks == ()
     torch.testing.assert_close(after.params["weight"], layer.weight.detach() - 0.5)
     assert torch._dynamo.config.ignore_logging_functions == before
 

@@ -228,11 +228,12 @@ class CompiledStep:
         leaves = _leaves(state)
         batch_leaves, batch_spec = pytree.tree_flatten(batch)
         structure = _structure(state)
-        compiled = self._whole.get((structure, batch_spec))
+        kind = (structure, batch_spec, self._compiler.kind(batch_leaves))
+        compiled = self._whole.get(kind)
         if compiled is None:
             text = _whole_text(self._step, structure.spec, batch_spec, self._donate)
             compiled = inductor.TracingCall(self._compiler.compile(text, fullgraph=True))
-            self._whole[structure, batch_spec] = compiled
+            self._whole[kind] = compiled
         with rng.seeded(seed_of(state, self._rank), state.step.device):
             new_leaves, metrics = compiled(leaves, batch_leaves)
         if self._donate:
@@ -258,11 +259,13 @@ class CompiledStep:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         # A step that needs the old values after the new ones exist has closed the scope (``tree.keep``).
         donated = name == "update" and tree.is_donated(tree.leaves(args[2]))
-        compiled = self._parts.get((name, fn, spec, donated))
+        kind = (name, fn, spec, donated, self._compiler.kind(leaves))
+        compiled = self._parts.get(kind)
         if compiled is None:
             text = _update_text(fn, spec) if donated else _part_text(fn, spec)
-            compiled = self._parts.setdefault((name, fn, spec, donated), self._compiler.compile(text, fullgraph=False))
-        result = compiled(leaves)
+            compiled = self._parts[kind] = self._compiler.compile(text, fullgraph=False)
+        with inductor.tracing():
+            result = compiled(leaves)
         if donated:
             _, opt_state, params = args
             return params, opt_state

@@ -91,7 +91,7 @@ def over_population(step: StepFn, *, batch_dim: int | None = None, rank: int = 0
 
 
 def member_value_and_grad(
-    loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None
+    loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None, mean: bool = False
 ) -> GradientFn:
     """The gradient of one member of a population: :func:`trainkit.value_and_grad` by ``torch.func.grad``.
 
@@ -104,6 +104,7 @@ def member_value_and_grad(
         unused: as for ``value_and_grad``. Inside a graph a parameter that the loss does not use cannot be told from one
             whose gradient is zero, and "error" finds it outside only.
         scale: as for ``value_and_grad``.
+        mean: allows to divide in the backward pass; not made use of.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -127,12 +128,13 @@ def member_value_and_grad(
             out = checked(loss(tree.like(state.params, attached), state.buffers, batch))
             if unused == "error" and not torch.compiler.is_compiling():
                 _check_used(out.loss_sum, names, attached)
-            factor = torch.ones_like(out.loss_sum) if scale is None else mean_scale(scale(state), out)
+            weight = weight_of(out)
+            factor = torch.ones_like(out.loss_sum) if scale is None else mean_scale(scale(state), weight)
             # TensorDicts do not pass through, their tensors do.
             buffers = state.buffers if out.buffers is None else out.buffers
             return out.loss_sum * factor, (
                 out.loss_sum,
-                weight_of(out),
+                weight,
                 factor,
                 dict(out.metrics),
                 tree.leaves(buffers),
@@ -143,7 +145,7 @@ def member_value_and_grad(
         if scale is not None:
             grads = [(g / factor).to(g.dtype) for g in grads]
         out = LossOutput(loss_sum, weight, metrics, tree.like(state.buffers, buffers))
-        return finished(state, out, dict(zip(names, grads, strict=True)))
+        return finished(state, out, weight, dict(zip(names, grads, strict=True)))
 
     return gradients
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -76,13 +77,18 @@ def kernel_optimizer(kernel: Kernel, slots: Slots, learning_rate: float | Tensor
     def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
         count = opt_state["count"]
         rate = rate_at(count)
-        memory = {name: tree.leaves(opt_state[name]) for name in slots}
+        own, memory = tree.leaves(params), {name: tree.leaves(opt_state[name]) for name in slots}
         step, reported = _advanced(count, opt_state[REPORT]["learning_rate"], rate)
-        new, after = run_safely(tree.leaves(params), in_order(grads, params), memory, step, rate)
-        entries: dict[str, Any] = {name: tree.like(opt_state[name], tensors) for name, tensors in after.items()}
-        return tree.like(params, new), _after(opt_state, {"count": step, **entries}, reported)
+        new, after = run_safely(own, in_order(grads, params), memory, step, rate)
+        entries: dict[str, Any] = {name: _with(opt_state[name], memory[name], after[name]) for name in slots}
+        return _with(params, own, new), _after(opt_state, {"count": step, **entries}, reported)
 
     return optimizer(init, apply)
+
+
+def _with(flat: TensorDict, before: list[Tensor], after: list[Tensor]) -> TensorDict:
+    """The tree of the tensors ``before`` with those of ``after``."""
+    return flat if after is before else tree.like(flat, after)
 
 
 def device_of(params: Params) -> torch.device:
@@ -95,10 +101,8 @@ def in_order(grads: Params, params: Params) -> list[Tensor]:
 
     Raises: KeyError for a name without gradient.
     """
-    if list(grads.keys()) == list(params.keys()):
-        return tree.leaves(grads)
-    found = tree.named(grads)
-    return [found[name] for name in tree.named(params)]
+    found, names = tree.named(grads), list(tree.named(params))
+    return list(found.values()) if list(found) == names else [found[name] for name in names]
 
 
 def fitted(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
@@ -110,6 +114,8 @@ def fitted(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     pairs = zip(grads, params, strict=True)
     if torch.compiler.is_compiling():
         return [g.to(p.dtype) for g, p in pairs]
+    if list(map(_DTYPE, grads)) == list(map(_DTYPE, params)) and _all_contiguous(grads, params):
+        return grads
     return [g if g.dtype == p.dtype and g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
 
 
@@ -174,24 +180,36 @@ def fused(
         learning_rate: number, or tensor on the device of the parameters.
         options: passed on.
     """
-    kinds = {(type(p), p.dtype, p.device) for p in params}
-    strides = [p.stride() for p in params]
-    if (
-        torch.compiler.is_compiling()
-        or not all(dtype.is_floating_point and _has_kernel(op, of, device.type) for of, dtype, device in kinds)
-        or any([t.stride() for t in column] != strides for column in columns if column)
-        or not all(p.is_contiguous() or p.stride() == torch.empty_like(p).stride() for p in params)
+    if torch.compiler.is_compiling():
+        return False
+    kinds = dict.fromkeys(map(_KIND, params))
+    if not all(dtype.is_floating_point and _has_kernel(op, of, device.type) for of, dtype, device in kinds) or not (
+        _all_contiguous(params, *columns) or _alike_without_gaps(params, columns)
     ):
         return False
     for kind in kinds:
         _, _, device = kind
-        chosen = [i for i, p in enumerate(params) if len(kinds) == 1 or (type(p), p.dtype, p.device) == kind]
+        chosen = [i for i, p in enumerate(params) if len(kinds) == 1 or _KIND(p) == kind]
         whole = len(chosen) == len(params)
         lists = [column if whole or not column else [column[i] for i in chosen] for column in (params, *columns)]
         counters = [] if step is None else [[step.to(device, torch.float32)] * len(chosen)]
         rate = learning_rate.to(device) if isinstance(learning_rate, Tensor) else learning_rate
         op(*lists, *counters, lr=rate, grad_scale=None, found_inf=None, **options)
     return True
+
+
+_KIND, _DTYPE = attrgetter("__class__", "dtype", "device"), attrgetter("dtype")
+
+
+def _all_contiguous(*columns: Sequence[Tensor]) -> bool:
+    return all(all(map(Tensor.is_contiguous, column)) for column in columns)
+
+
+def _alike_without_gaps(params: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool:
+    strides = [p.stride() for p in params]
+    return all([t.stride() for t in column] == strides for column in columns if column) and all(
+        p.is_contiguous() or p.stride() == torch.empty_like(p).stride() for p in params
+    )
 
 
 def each(op: str, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -184,8 +184,10 @@ def reports(opt_state: OptState) -> dict[str, Tensor]:
 
 def _entries(opt_state: Any, path: str) -> Any:
     for name, child in opt_state.items():
-        # A tensor under this name is the memory of a parameter that is called so.
-        if name == REPORT and isinstance(child, TensorDict):
+        # A tensor called "report" is the memory of a parameter of that name.
+        if isinstance(child, Tensor) or not isinstance(child, TensorDict):
+            continue
+        if name == REPORT:
             yield path, child
-        elif isinstance(child, TensorDict):
+        else:
             yield from _entries(child, f"{path}{name}/")
