@@ -152,20 +152,40 @@ def test_a_scope_ends_with_an_error_too() -> None:
 
 def test_released_temporaries_may_be_overwritten_within_the_scope_only() -> None:
     made = torch.ones(1)
-    tree.release([made])
+    released = tree.frozen({"w": made})
+    tree.release(released)
     with tree.temporaries():
         assert not tree.is_donated([made])
-        tree.release([made])
+        tree.release(released)
         assert tree.is_donated([made])
+        assert not tree.is_donated([made, torch.ones(1)])
     assert not tree.is_donated([made])
+
+
+def test_a_released_tensor_is_safe_again_once_its_tree_is_gone() -> None:
+    made = torch.ones(1)
+    with tree.temporaries():
+        tree.release(tree.frozen({"w": made}))
+        assert not tree.is_donated([made])
+
+
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.view(2, 1)], ids=["itself", "a view"])
+def test_released_tensors_that_share_memory_are_copied_apart(view: Callable[[Tensor], Tensor]) -> None:
+    made = torch.ones(2)
+    released = tree.frozen({"a": made, "b": view(made), "c": torch.ones(2)})
+    with tree.temporaries():
+        tree.release(released)
+        assert [t.flatten().tolist() for t in tree.leaves(tree.scaled(released, torch.tensor(3.0)))] == [[3.0, 3.0]] * 3
+    assert made.tolist() == [1.0, 1.0]
 
 
 def test_a_scope_keeps_no_temporary_alive_and_is_not_fooled_by_its_address() -> None:
     with tree.temporaries():
         made = torch.ones(1)
-        tree.release([made])
+        released = tree.frozen({"w": made})
+        tree.release(released)
         alive = weakref.ref(made)
-        del made
+        del made, released
         assert alive() is None
         assert not any(tree.is_donated([torch.ones(1)]) for _ in range(100))
 

@@ -70,7 +70,6 @@ def value_and_grad(
         grads = _filled(names, inputs, found, unused)
         if upscale is not None:
             grads = [(g / upscale).to(g.dtype) for g in grads]
-        tree.release(grads)
         return finished(state, out, weight, dict(zip(names, grads, strict=True)), factor)
 
     return gradients
@@ -119,7 +118,6 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
             for p, (data, grad) in zip(inputs, before, strict=True):
                 p.data, p.grad = data, grad
         grads = _filled(names, inputs, found, unused)
-        tree.release(grads)
         return finished(state, out, weight_of(out), dict(zip(names, grads, strict=True)))
 
     return gradients
@@ -193,10 +191,12 @@ def checked(out: Any) -> LossOutput:
 def finished(
     state: TrainState, out: LossOutput, weight: Tensor, grads: dict[str, Tensor], factor: Tensor | None = None
 ) -> Gradients:
-    """Put a loss output and its gradients together, detached."""
+    """Put a loss output and its gradients together, detached; the gradients are released to whoever gets them."""
     buffers = state.buffers if out.buffers is None else out.buffers
+    made = tree.frozen(grads)
+    tree.release(made)
     return Gradients(
-        tree.frozen(grads),
+        made,
         out.loss_sum.detach(),
         weight,
         _detached(dict(out.metrics)),

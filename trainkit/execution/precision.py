@@ -234,6 +234,6 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, key: Tensor) -> Tens
 
 def _wide(params: Params) -> Params:
     """The parameters in float32; temporaries, which the update may overwrite."""
-    wide = [p.to(torch.float32, copy=True) for p in tree.leaves(params)]
+    wide = tree.map_tensors(lambda p: p.to(torch.float32, copy=True), params)
     tree.release(wide)
-    return tree.like(params, wide)
+    return wide

@@ -1,0 +1,72 @@
+"""Signals that ask a run to end, sent to real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from trainkit.io.signals import EXIT_PREEMPTED, stop_on
+
+PROGRAM = """
+import sys
+from trainkit.io.signals import EXIT_PREEMPTED, stop_on
+
+with stop_on() as stop:
+    print("ready", flush=True)
+    step = 0
+    while not stop:
+        step += 1
+        sum(range(100_000))
+    for _ in range(20):
+        sum(range(100_000))
+    print("saved", stop.signal.name, flush=True)
+sys.exit(EXIT_PREEMPTED)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_process_finishes_its_step_saves_and_says_so(times: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(times):
+        process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert out == "saved SIGTERM\n"
+    assert process.returncode == EXIT_PREEMPTED == 75
+
+
+def test_the_signals_of_choice_and_only_the_first_is_kept() -> None:
+    with stop_on(signal.SIGUSR1, signal.SIGUSR2) as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+        assert stop.signal is signal.SIGUSR2
+
+
+def test_the_handlers_come_back_also_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), stop_on():
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_only_the_main_thread_may_ask() -> None:
+    errors: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            with stop_on():
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert "outside of the main thread" in str(errors[0])
