@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 BENCHMARKS ?= $(filter-out benchmarks.__init__,$(subst /,.,$(basename $(shell grep -l '^if __name__ ==' benchmarks/*.py))))
 
-.PHONY: help train test test-all bench lint types docs clean
+.PHONY: help train test test-all crash-test bench lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ test: $(READY) ## the test suite, doctests included: minutes
 
 test-all: $(READY) ## the slow tests as well
 	$(RUN) pytest -q -m 'not gpu' $(ARGS)
+
+crash-test: $(READY) ## kill runs at random moments and file calls, resume them, compare bit for bit; ARGS="--kills 1000 --killops 1000 --seed 0"
+	$(RUN) tests.faults.crash $(ARGS)
 
 bench: $(READY) ## all measurements in benchmarks/; BENCHMARKS=benchmarks.import_time picks one
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(RUN) $$benchmark $(ARGS); done

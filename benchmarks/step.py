@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.loops import BY_DEPTH, LOOPS, PEER, Loop
 from benchmarks.models import SIZES
+from benchmarks.report import environment
 
 TURNS = {"mlp": 200, "gpt-1m": 25, "gpt-10m": 10}
 STEPS_PER_TURN = 10
@@ -110,22 +110,6 @@ def in_fresh_process(*arguments: str) -> Any:
         return json.loads(out.read_text())
 
 
-def environment() -> dict[str, Any]:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "command": "python -m benchmarks.step",
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def show(result: dict[str, Any]) -> None:
     def ratio(label: str) -> str:
         low, high = result["time_ratio_range"][label]
@@ -159,7 +143,7 @@ def main() -> None:
         )
         arguments.out.write_text(json.dumps(one))
         return
-    report: dict[str, Any] = {"environment": environment(), "steps": [], "compile_by_depth": []}
+    report: dict[str, Any] = {"environment": environment("benchmarks.step"), "steps": [], "compile_by_depth": []}
     for size in arguments.sizes:
         report["steps"].append(in_fresh_process("--measure", size))
         show(report["steps"][-1])

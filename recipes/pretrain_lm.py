@@ -2,6 +2,7 @@
 
     python -m recipes.pretrain_lm                      # the source files of this Python's standard library
     python -m recipes.pretrain_lm --data my_texts/     # a text file, or a folder of them
+    python -m recipes.pretrain_lm --resume             # go on with a run that was interrupted
     python -m recipes.pretrain_lm --help               # every option, with its unit
 
 On 2 CPU cores (AMD EPYC, torch 2.13) the defaults train 0.85 million parameters in 3 to 5 minutes, after one minute of
@@ -13,31 +14,32 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import Dataset
 from safetensors.torch import save_model
 from torch import Tensor
 from tqdm import tqdm
 
 from recipes.gpt import GPT, sample
 from trainkit import LossOutput, TrainState, evaluate, init_state, make_eval_step, make_train_step, run
-from trainkit.accumulate import merge_metrics
 from trainkit.execution import compile_step
+from trainkit.io.checkpoint import Saver, load_latest
 from trainkit.io.cli import parse
-from trainkit.io.data.sampler import shuffled_batches
-from trainkit.io.data.text import SEPARATOR, dataset_documents, pack, path_documents, split_by_name, stdlib_documents
-from trainkit.io.runlog import JsonLines, describe_folder, plot_curves, read_jsonl
+from trainkit.io.data import Loader
+from trainkit.io.data.text import SEPARATOR, pack, split_by_name, text_documents
+from trainkit.io.runlog import JsonLines, MetricWindow, describe_folder, plot_curves, read_jsonl
+from trainkit.io.signals import EXIT_PREEMPTED, stop_on
 from trainkit.losses import causal_lm, module_loss
 from trainkit.metrics import BitsPerByte
 from trainkit.optim import adamw, chain, clip_by_global_norm
 from trainkit.schedules import cosine, warmup
 from trainkit.state import num_parameters, write_to
-from trainkit.types import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +88,21 @@ class Config:
     """Rows of seq_len bytes to validate on, spread evenly over the validation text."""
     sample_bytes: int = 400
     """Length of the text that the trained model writes, in bytes."""
+    save_every: int = 300
+    """Updates between two checkpoints; there is always one at the end. The last 3 stay."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the folder; the result is that of a run that was never interrupted."""
     seed: int = 0
     """Decides the first weights, the order of the data and the sample; an integer of 64 bits."""
     folder: Path = Path("runs/pretrain_lm")
-    """Where the results go; those of an earlier run in the same folder are replaced."""
+    """Where the results go; without resume those of an earlier run in the same folder are replaced."""
 
 
 RESULTS = {
     "model.safetensors": "the weights, under the module's names; safetensors.torch.load_model reads them",
     "metrics.jsonl": "one JSON object per line: loss, learning rate, gradient norm and speed over the steps",
     "loss.png": "training and validation loss over the steps",
+    "checkpoints": "what --resume goes on from",
 }
 
 
@@ -103,11 +110,10 @@ def main(config: Config) -> TrainState:
     device = torch.device(config.device)
 
     # Data: documents are split whole, then packed into rows of seq_len inputs and their targets.
-    training, validation = (
-        pack(part, config.seq_len) for part in split_by_name(documents(config), config.validation_share)
-    )
-    shuffled = shuffled_batches(training, config.batch_size, seed=config.seed)
-    training_batches = (rows.to(device, torch.int64) for rows in itertools.islice(shuffled, config.steps))
+    parts = split_by_name(text_documents(config.data, config.dataset), config.validation_share)
+    training, validation = (pack(part, config.seq_len) for part in parts)
+    made = partial(Loader, training, collate=Tensor.long, drop_last=True, device=device)
+    loader = made(batch_size=config.batch_size, seed=config.seed, batches=config.steps)
     spacing = math.ceil(len(validation) / config.eval_rows)
     validation_batches = torch.split(validation[::spacing].to(device, torch.int64), config.batch_size)
 
@@ -125,36 +131,48 @@ def main(config: Config) -> TrainState:
 
     # Step: one update. The compiled step works in the memory of the state it is given.
     step = compile_step(make_train_step(loss, optimizer, accumulate=config.accumulate), strategy=config.strategy)
-    eval_step = make_eval_step(loss)
-    print(
-        f"{num_parameters(state.params):,} parameters on {device}, {len(training) * config.seq_len:,} bytes to train on"
-    )
+    print(f"{num_parameters(state.params):,} parameters on {device}, {training[:, 1:].numel():,} bytes to train on")
+
+    # Checkpoint: the state, the position of the data, and the metrics that are not in the log yet.
+    checkpoints = config.folder / "checkpoints"
+    found = load_latest(checkpoints, like=state) if config.resume else None
+    first, window = 0, MetricWindow()
+    if found is not None:
+        state, first, window = found.state, found.step, MetricWindow(found.metadata)
+        loader.load_state_dict(found.cursor)
+        print(f"resumed from {found.path} at step {first}")
+    saver = Saver(checkpoints, resumed_from=found.path if found else None, overwrite=not config.resume)
+    log = JsonLines(config.folder / "metrics.jsonl", until=first if config.resume else None)
 
     # Loop: a record comes after every update; what to do with it is written here.
-    window: Metrics = {}
     since = time.perf_counter()
-    with JsonLines(config.folder / "metrics.jsonl") as log, tqdm(total=config.steps, unit="step") as bar:
-        for record in run(step, state, training_batches):
+    with saver, log, stop_on() as stop, tqdm(initial=first, total=config.steps, unit="step") as bar:
+        for record in run(step, state, loader):
             state, is_last = record.state, record.step == config.steps
-            window = merge_metrics(window, record.metrics)
+            window.add(record.metrics)
             bar.update()
-            if record.step == 1:
+            if record.step == first + 1:
                 bar.write(str(step.explain()))
             if record.step == 1 or record.step % config.log_every == 0 or is_last:
                 # The numbers are read here; between two readings the host does not wait for the device.
-                row = {name: float(metric.compute()) for name, metric in window.items()}
+                row = window.read()
                 if not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"loss: {row['loss']} at step {record.step}; try a lower learning_rate")
                 row["bytes_per_second"] = row.pop("tokens") / (time.perf_counter() - since)
                 log.write(step=record.step, **row)
                 bar.set_postfix_str("{bits_per_byte:.3f} bits/byte, {bytes_per_second:,.0f} bytes/s".format(**row))
-                window, since = {}, time.perf_counter()
+                since = time.perf_counter()
             if record.step % config.eval_every == 0 or is_last:
                 before = time.perf_counter()
-                bits = float(evaluate(eval_step, state, validation_batches)["bits_per_byte"].compute())
+                bits = float(evaluate(make_eval_step(loss), state, validation_batches)["bits_per_byte"].compute())
                 log.write(step=record.step, validation_bits_per_byte=bits)
                 bar.write(f"step {record.step}: validation {bits:.3f} bits per byte")
                 since += time.perf_counter() - before
+            if record.step % config.save_every == 0 or is_last or stop:
+                log.sync()
+                saver.save(state, cursor=loader.state_dict(), metadata=window.state_dict())
+            if stop and not is_last:
+                sys.exit(EXIT_PREEMPTED)
 
     # Results: the weights under the module's own names, the curves, a text that the model writes.
     write_to(module, state)
@@ -168,15 +186,6 @@ def main(config: Config) -> TrainState:
     print(bytes(itertools.islice(written, config.sample_bytes)).decode(errors="replace"), end="\n\n")
     print(describe_folder(config.folder, RESULTS))
     return state
-
-
-def documents(config: Config) -> Dataset:
-    """The documents that the options ask for."""
-    if config.data is not None and config.dataset is not None:
-        raise ValueError("data and dataset: both are given, expected at most one of them")
-    if config.dataset is not None:
-        return dataset_documents(config.dataset)
-    return stdlib_documents() if config.data is None else path_documents(config.data)
 
 
 def next_byte(logits: Tensor, targets: Tensor) -> LossOutput:

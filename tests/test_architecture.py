@@ -161,7 +161,9 @@ class TestCore:
         assert not foreign, str(foreign[0])
 
 
-@pytest.mark.parametrize("file", sources(*PACKAGES, "benchmarks"), ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file", sources(*PACKAGES, "benchmarks", "tests"), ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_no_file_is_longer_than_500_lines(file: Path) -> None:
     length = len(file.read_text(encoding="utf-8").splitlines())
     assert length <= 500

@@ -257,8 +257,9 @@ def test_a_spent_state_is_refused_by_the_next_step() -> None:
 
 def test_a_state_refuses_writes() -> None:
     state = init_state(LINEAR, sgd(0.1))
-    with pytest.raises(RuntimeError, match="lock"):
-        state.params["weight"] = torch.zeros(1, 2)
+    for part in (state.params, state.buffers, state.opt_state, state.extra):
+        with pytest.raises(RuntimeError, match="lock"):
+            part["weight"] = torch.zeros(1, 2)
     with pytest.raises(AttributeError, match="cannot assign to field 'step'"):
         state.step = torch.ones(())  # type: ignore[misc]
     with pytest.raises(AttributeError, match="TrainState has no attribute 'momentum'"):

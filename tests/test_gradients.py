@@ -217,6 +217,23 @@ def test_the_gradient_of_the_mean_of_nothing_is_zero() -> None:
     assert not found.grads["bias"].any()
 
 
+@pytest.mark.parametrize(("weight", "factor"), [(4.0, 0.25), (0.0, 0.0), (-0.0, 0.0), (float("nan"), float("nan"))])
+@pytest.mark.parametrize("mean", [False, True])
+def test_no_weight_but_zero_takes_the_gradient_away(mean: bool, weight: float, factor: float) -> None:
+    loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), torch.tensor(weight))  # noqa: E731
+    state = init_state(nn.Linear(2, 1, bias=False), sgd(1.0))
+    step = apply_updates(value_and_grad(loss, mean=mean), sgd(1.0))
+    after, _ = step(state, torch.ones(1, 2))
+    torch.testing.assert_close(after.params["weight"], state.params["weight"] - factor, equal_nan=True)
+
+
+def test_the_mean_in_float64_is_divided_in_float64() -> None:
+    loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), 3.0)  # noqa: E731
+    state = init_state(nn.Linear(2, 1, bias=False).double(), sgd(0.1))
+    found = value_and_grad(loss, mean=True)(state, torch.ones(1, 2, dtype=torch.float64))
+    assert found.grads["weight"].tolist() == [[1 / 3, 1 / 3]]
+
+
 def test_a_loss_in_low_precision_gives_the_gradient_of_its_sum() -> None:
     loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), 3.0)  # noqa: E731
     state = init_state(nn.Linear(2, 1, bias=False).bfloat16(), sgd(0.1))

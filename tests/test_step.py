@@ -19,7 +19,7 @@ from trainkit import (
     run,
     value_and_grad,
 )
-from trainkit.execution import compile_step
+from trainkit.execution import compile_step, member_value_and_grad
 from trainkit.losses import classification, module_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm, sgd
 from trainkit.optim.transform import stateless
@@ -96,6 +96,26 @@ def assert_same_run(records: Any, microbatches: int, *, statistics: bool) -> Non
 
 def linear_loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
     return LossOutput((params["weight"] * x).sum(), len(x))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("gradients", [value_and_grad, member_value_and_grad])
+def test_parameters_that_are_added_share_a_gradient_and_are_updated_apart(gradients: Any, microbatches: int) -> None:
+    """Autograd gives both terms of a sum the same tensor, which clipping in place would scale twice."""
+    module = nn.ParameterDict({name: nn.Parameter(torch.ones(3)) for name in ("rows", "columns")})
+    tx = chain(clip_by_global_norm(1.0), sgd(0.5))
+
+    def loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
+        return LossOutput((x * (params["rows"] + params["columns"])).square().sum(), len(x))
+
+    x = torch.randn(4, 3)
+    step = make_train_step(loss, tx, accumulate=microbatches, gradients=gradients)
+    after, metrics = step(init_state(module, tx), x)
+    (x * (module["rows"] + module["columns"])).square().sum().div(4).backward()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    torch.testing.assert_close(metrics["grad_norm"].compute(), norm)
+    for name, p in module.items():
+        torch.testing.assert_close(after.params[name], (p - 0.5 * p.grad).detach())
 
 
 def test_the_short_way_is_the_composition() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,20 +54,19 @@ def value_and_grad(
 
     Source: ``jax.value_and_grad(has_aux=True)`` for the shape of the result.
     """
-    if unused not in ("error", "zero"):
-        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+    check_unused(unused)
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         attached = attached_params(state)
         named = tree.named(attached)
         names, inputs = list(named), list(named.values())
-        with _draws_of(state, rank), torch.enable_grad():
+        with draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
             _check_attached(out.loss_sum)
             weight = weight_of(out)
             upscale = None if scale is None else mean_scale(scale(state), weight)
             top = out.loss_sum if upscale is None else out.loss_sum * upscale
-            factor = inverse(weight).to(top.dtype) if mean and upscale is None and _is_precise(top) else None
+            factor = inverse(weight.to(top.dtype)) if mean and upscale is None and _is_precise(top) else None
             found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
         if upscale is not None:
@@ -98,8 +99,7 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
         >>> live_value_and_grad(layer, loss)(init_state(layer, sgd(0.1)), torch.ones(3, 2)).grads["weight"]
         tensor([[3., 3.]])
     """
-    if unused not in ("error", "zero"):
-        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+    check_unused(unused)
     own = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
@@ -109,7 +109,7 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
         for p, t in zip(inputs, tree.leaves(state.params), strict=True):
             p.data, p.grad = t, None
         try:
-            with _draws_of(state, rank), torch.enable_grad():
+            with draws_of(state, rank), torch.enable_grad():
                 out = checked(loss(tree.like(state.params, inputs), state.buffers, batch))
                 _check_attached(out.loss_sum)
                 torch.autograd.backward(out.loss_sum)
@@ -158,11 +158,36 @@ def per_example_grads(loss: LossFn, *, rank: int = 0) -> GradientFn:
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         rows = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, None, 0), randomness="different")
-        with _draws_of(state, rank):
+        with draws_of(state, rank):
             grads, (loss_sum, weight, metrics) = rows(tree.named(state.params), state.buffers, batch)
         return Gradients(tree.frozen(grads), loss_sum, weight, metrics, state.buffers)
 
     return gradients
+
+
+def draws_of(state: TrainState, rank: int) -> AbstractContextManager[None]:
+    """A scope in which the global generators start from ``seed_of(state, rank)``.
+
+    It does nothing inside a graph, which cannot set a generator, and under ``vmap``, where a key has no value: there
+    whoever calls has seeded them with the same fold.
+    """
+    if torch.compiler.is_compiling() or tree.under_vmap():
+        return nullcontext()
+    return rng.seeded(seed_of(state, rank), state.step.device)
+
+
+def check_unused(unused: str) -> None:
+    """Raise ValueError for another word than "error" or "zero"."""
+    if unused not in ("error", "zero"):
+        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+
+
+def unreached(names: list[str]) -> ValueError:
+    """The error of parameters that got no gradient."""
+    return ValueError(
+        f"params: no gradient reached {', '.join(names)}. Freeze them (requires_grad=False before init_state), "
+        "use them in the loss, or pass unused='zero'"
+    )
 
 
 def checked(out: Any) -> LossOutput:
@@ -225,25 +250,18 @@ def weight_of(out: LossOutput) -> Tensor:
 
 
 def inverse(weight: Tensor) -> Tensor:
-    """1 / weight, and 0 for a weight of zero, where nothing was summed.
+    """1 / weight, and 0 for a weight of zero, where nothing was summed. A weight that is NaN stays one.
 
     Example:
-        >>> inverse(torch.tensor([4.0, 0.0]))
-        tensor([0.2500, 0.0000])
+        >>> inverse(torch.tensor([4.0, 0.0, float("nan")]))
+        tensor([0.2500, 0.0000,    nan])
     """
-    return weight.reciprocal().nan_to_num(posinf=0.0)
+    return weight.reciprocal().nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)
 
 
 def mean_scale(scale: Tensor, weight: Tensor) -> Tensor:
     """What ``loss_sum`` is multiplied with so that the mean loss is multiplied with ``scale``."""
     return scale / torch.where(weight > 0, weight, 1.0)
-
-
-def _draws_of(state: TrainState, rank: int) -> Any:
-    # A graph cannot set a generator; whoever calls the compiled step seeds it with the same fold.
-    if torch.compiler.is_compiling():
-        return torch.enable_grad()
-    return rng.seeded(seed_of(state, rank), state.step.device)
 
 
 def _detached(metrics: Any) -> Any:
@@ -271,10 +289,7 @@ def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> 
         return list(found)
     missing = [name for name, g in zip(names, found, strict=True) if g is None]
     if missing and unused == "error":
-        raise ValueError(
-            f"params: no gradient reached {', '.join(missing)}. Freeze them (requires_grad=False before init_state), "
-            "use them in the loss, or pass unused='zero'"
-        )
+        raise unreached(missing)
     return [torch.zeros_like(p) if g is None else _dense(g) for p, g in zip(inputs, found, strict=True)]
 
 

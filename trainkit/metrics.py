@@ -258,7 +258,6 @@ def counts(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Count
     Args:
         logits: [..., C]; the largest is the prediction.
         labels: [...], integers.
-
         ignore_index: labels that do not count.
 
     Raises: ValueError if labels are not shaped as logits without their last axis.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -23,7 +23,7 @@ _runner: ContextVar[Runner | None] = ContextVar("runner", default=None)
 def part(name: PartName, fn: F) -> F:
     """``fn``, or what the installed runner makes of it; inside a graph always ``fn``."""
     runner = None if torch.compiler.is_compiling() else _runner.get()
-    return fn if runner is None else runner(name, fn)  # type: ignore[return-value]
+    return fn if runner is None else cast(F, runner(name, fn))
 
 
 @contextmanager

@@ -121,7 +121,8 @@ def _host_key(state: TrainState) -> tuple[int, ...]:
     """The numbers of ``state.key``, read once for as long as nobody writes into that tensor."""
     kept = state.__dict__.get("_host_key")
     if kept is not None and kept[0] is state.key and kept[1] == state.key._version:
-        return kept[2]  # type: ignore[no-any-return]
+        numbers: tuple[int, ...] = kept[2]
+        return numbers
     numbers = tuple(state.key.reshape(-1).tolist())
     state.__dict__["_host_key"] = (state.key, state.key._version, numbers)
     return numbers

@@ -53,7 +53,7 @@ def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce 
             if reduce is not None:
                 found = reduce(sums(found))
             with torch.no_grad():
-                factor = inverse(found.weight) if found.factor is None else found.factor
+                factor = _factor(found) if found.factor is None else found.factor
                 grads = tree.scaled(found.grads, factor) if found.factor is None else found.grads
                 mean = found.loss_sum * factor
                 params, opt_state = part("update", optimizer.apply)(grads, state.opt_state, state.params, loss=mean)
@@ -63,6 +63,11 @@ def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce 
         return after, metrics
 
     return step
+
+
+def _factor(found: Gradients) -> torch.Tensor:
+    """1 / weight, in the precision of the loss and in no less than float32."""
+    return inverse(found.weight.to(torch.promote_types(found.loss_sum.dtype, torch.float32)))
 
 
 def make_train_step(

@@ -31,7 +31,7 @@ class _Scope:
     """
 
     def __init__(self, outer: _Scope | None, given: Ownership) -> None:
-        self.given = given if outer is None else {**outer.given, **given}
+        self.given: Ownership = given if outer is None else {**outer.given, **given}
         self.released: list[tuple[weakref.ref[TensorDict], frozenset[int]]] = [] if outer is None else [*outer.released]
         self.copies: dict[int, weakref.ref[Tensor]] = {} if outer is None else {**outer.copies}
 
@@ -144,7 +144,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     return _replicated(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
+def _norms(tensors: list[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:
     kinds = dict.fromkeys(map(_KIND, tensors))
     if len(kinds) == 1:
         return torch._foreach_norm(tensors, 2.0, dtype=_wide(tensors[0].dtype))
@@ -169,7 +169,12 @@ def has_foreach() -> bool:
         >>> has_foreach(), torch.vmap(lambda row: row + has_foreach())(torch.zeros(1))
         (True, tensor([0.]))
     """
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    return not torch.compiler.is_compiling() and not under_vmap()
+
+
+def under_vmap() -> bool:
+    """Whether a ``torch.vmap`` (or another transform of ``torch.func``) is at work, eagerly or inside a graph."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -261,16 +266,27 @@ def release(tree: TensorDict) -> None:
     if scope is None or not has_foreach():
         return
     tensors = leaves(tree)
-    if _are_apart(tensors):
+    if are_apart(tensors):
         scope.released.append((weakref.ref(tree), frozenset(map(id, tensors))))
 
 
-def _are_apart(tensors: list[Tensor]) -> bool:
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two tensors begin at the same place in memory, so that each can be written over alone.
+
+    Example:
+        >>> w = torch.zeros(2)
+        >>> are_apart([w, torch.zeros(2)]), are_apart([w, w.view(2, 1)])
+        (True, False)
+    """
     if len(set(map(Tensor.data_ptr, tensors))) == len(tensors):
         return True
-    # A sharded tensor has no address, its own part has.
-    parts = [getattr(t, "_local_tensor", t) for t in tensors]
-    return len(set(map(Tensor.data_ptr, parts))) == len(tensors)
+    places = [place for t in tensors if (place := address(t))]
+    return len(set(places)) == len(places)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor, or the own part of a sharded one, begins in memory; 0 for one without elements."""
+    return getattr(tensor, "_local_tensor", tensor).data_ptr()
 
 
 def writable(tensors: list[Tensor]) -> list[Tensor]:

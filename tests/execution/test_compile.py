@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainkit import LossOutput, SpentStateError, TrainState, functional, init_state, make_train_step, run
+from trainkit import LossOutput, SpentStateError, TrainState, functional, init_state, make_train_step, run, tree
 from trainkit.execution import FallbackWarning, compile_step
 from trainkit.optim import adamw, chain, clip_by_global_norm, from_torch, sgd
 from trainkit.rng import fold_in
@@ -96,6 +96,20 @@ def test_donation_reuses_the_memory_and_spends_the_state(compiled, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_state_that_holds_a_tensor_twice_is_not_donated(compiled, strategy):
+    state = init_state(make_module(), make_optimizer())
+    twice = state.replace(extra=tree.frozen({"target": state.params}))
+    before = {name: tensor.clone() for name, tensor in state.params.items()}
+    message = r"state\.params\['0\.weight'\] and state\.extra\['target'\]\['0\.weight'\] are one memory.* clone one"
+    with pytest.raises(ValueError, match=message):
+        compiled[strategy](twice, make_batch())
+    assert all(torch.equal(state.params[name], before[name]) for name in before)
+    kept = compile_step(make_train_step(make_loss(make_module()), make_optimizer()), strategy="eager", donate=False)
+    after, _ = kept(twice, make_batch())
+    assert all(torch.equal(after.extra["target"][name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_donation_the_state_stays(strategy):
     module, tx = make_module(), sgd(0.1)
     step = compile_step(make_train_step(make_loss(module), tx), strategy=strategy, donate=False)
@@ -176,6 +190,22 @@ def test_the_steps_own_error_is_raised_as_it_is():
     with pytest.raises(TypeError, match="loss: returned Tensor, expected LossOutput"):
         step(state, make_batch())
     assert int(state.step) == 0
+
+
+def test_a_compiler_that_fails_inside_of_an_eager_step_is_heard():
+    module, tx = make_module(), sgd(0.1)
+    plain, failures = make_train_step(make_loss(module), tx), [torch._dynamo.exc.TorchRuntimeError("only once")]
+
+    def flaky(state, batch):
+        if failures:
+            raise failures.pop()
+        return plain(state, batch)
+
+    step = compile_step(flaky, strategy="eager")
+    state = init_state(module, tx)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="only once"):
+        step(state, make_batch())
+    assert int(step(state, make_batch())[0].step) == 1
 
 
 def test_other_batch_sizes_are_right():

@@ -1,4 +1,4 @@
-"""What only Adam needs beside the table in test_optimizers.py."""
+"""What only Adam needs beside the table."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,10 @@
 import hashlib
 import json
 import math
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model
 
+from recipes import pretrain_lm
 from recipes.gpt import GPT
 from recipes.pretrain_lm import Config, main
+from trainkit import Record, run
+from trainkit.io.signals import EXIT_PREEMPTED
 from trainkit.rng import fold_in_host
 from trainkit.schedules import cosine, warmup
 
@@ -20,7 +25,7 @@ from trainkit.schedules import cosine, warmup
 OPTIONS = [
     "data", "dataset", "validation_share", "seq_len", "batch_size", "accumulate", "steps", "num_layers", "num_heads",
     "width", "tie_weights", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "strategy", "device",
-    "log_every", "eval_every", "eval_rows", "sample_bytes", "seed", "folder",
+    "log_every", "eval_every", "eval_rows", "sample_bytes", "save_every", "resume", "seed", "folder",
 ]  # fmt: skip
 SEQ_LEN, BATCH_SIZE, STEPS, SHARE = 16, 4, 3, 0.4
 TEXTS = {f"{i}.txt": f"Text number {i}: " + "abcdefgh"[i:] * 40 for i in range(6)}
@@ -94,7 +99,7 @@ def test_a_run_leaves_its_files_and_describes_them(config: Config, capsys: pytes
     state = main(config)
     assert int(state.step) == STEPS
     names = sorted(file.name for file in config.folder.iterdir())
-    assert names == ["loss.png", "metrics.jsonl", "model.safetensors"]
+    assert names == ["checkpoints", "loss.png", "metrics.jsonl", "model.safetensors"]
     assert (config.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert all(name in out.splitlines()[-len(names) + i] for i, name in enumerate(reversed(names)))
@@ -175,6 +180,83 @@ def test_a_dataset_folder_will_do(config: Config, monkeypatch: pytest.MonkeyPatc
     assert int(main(replace(config, data=None, dataset=str(folder))).step) == STEPS
 
 
+def results(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], list[str]]:
+    """The log without its speed, the weights, and the names of the checkpoints."""
+    rows = [{k: v for k, v in row.items() if k != "bytes_per_second"} for row in read_metrics(config)]
+    names = sorted(path.name for path in (config.folder / "checkpoints").glob("checkpoint-*"))
+    return rows, load_file(config.folder / "model.safetensors"), names
+
+
+def same(a: tuple[list[dict[str, float]], dict[str, torch.Tensor], list[str]], b: object) -> bool:
+    rows, weights, names = a
+    other_rows, other_weights, other_names = b  # type: ignore[misc]
+    equal = weights.keys() == other_weights.keys() and all(torch.equal(weights[k], other_weights[k]) for k in weights)
+    return rows == other_rows and names == other_names and equal
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, steps=9, save_every=2, log_every=3, eval_every=4)
+    whole = replace(config, folder=config.folder.parent / "whole")
+    main(whole)
+    assert results(whole)[2] == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+
+    def ends_at(number: int) -> None:
+        def interrupted(step: object, state: object, batches: object) -> Iterator[Record]:
+            for record in run(step, state, batches):  # type: ignore[arg-type]
+                yield record
+                if record.step == number:
+                    raise Interrupted
+
+        monkeypatch.setattr(pretrain_lm, "run", interrupted)
+
+    for number in (1, 3, 4, 7):
+        ends_at(number)
+        with pytest.raises(Interrupted):
+            main(replace(config, resume=number > 1))
+    monkeypatch.setattr(pretrain_lm, "run", run)
+    main(replace(config, resume=True))
+    assert same(results(config), results(whole))
+    before = {file: file.stat().st_mtime_ns for file in (config.folder / "checkpoints").rglob("c*/*")}
+    main(replace(config, resume=True))
+    assert same(results(config), results(whole))
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+PROGRAM = """
+import json, pathlib, sys
+from recipes.pretrain_lm import Config, main
+
+options = json.loads(sys.argv[1])
+main(Config(**{k: pathlib.Path(v) if k in ("data", "folder") else v for k, v in options.items()}))
+"""
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(config: Config, tmp_path: Path) -> None:
+    config = replace(config, steps=400, save_every=1000, log_every=7, eval_every=1000)
+    whole = replace(config, folder=tmp_path / "whole")
+    main(whole)
+    told = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(told)]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = config.folder / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == EXIT_PREEMPTED
+    (saved,) = (config.folder / "checkpoints").glob("checkpoint-*")
+    assert 20 < int(saved.name.split("-")[1]) < 400
+    main(replace(config, resume=True))
+    (rows, weights, _), (other_rows, other_weights, _) = results(config), results(whole)
+    assert rows == other_rows
+    assert all(torch.equal(weights[k], other_weights[k]) for k in other_weights)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -188,7 +270,7 @@ def test_a_dataset_folder_will_do(config: Config, monkeypatch: pytest.MonkeyPatc
             ValueError,
             "do not fill a row of seq_len \\+ 1 = 5001; give more text or a smaller seq_len",
         ),
-        ({"batch_size": 500}, ValueError, "batch_size: got 500 for .* rows"),
+        ({"batch_size": 500}, ValueError, "batch_size: got 500 with drop_last for .* rows"),
         ({"strategy": "fast"}, ValueError, "strategy: got 'fast', expected 'auto', 'whole', 'split' or 'eager'"),
         ({"dataset": "name"}, ValueError, "data and dataset: both are given"),
         ({"steps": 0}, ValueError, "steps"),

@@ -111,7 +111,7 @@ def compile_step(
 
     Returns: a StepFn with ``explain()``.
 
-    Raises: ValueError for an unknown strategy.
+    Raises: ValueError for an unknown strategy; when called with ``donate``, for a state that holds a tensor twice.
 
     Example:
         >>> import torch
@@ -163,12 +163,16 @@ class CompiledStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step, by the first strategy that works; nothing is written before a graph exists."""
+        if self._donate:
+            _check_apart(state)
         while True:
             try:
                 after, metrics = self._run(self._candidates[0], state, batch)
             except inductor.COMPILER_ERRORS as error:
                 # An error of the step itself also ends the tracing; running it eagerly and purely tells the two apart.
                 self._step(state, batch)
+                if len(self._candidates) == 1:
+                    raise
                 self._give_up(error)
             else:
                 break
@@ -219,7 +223,7 @@ class CompiledStep:
             after, metrics = self._step(state, batch)
         after = _in_buffers_of(state, after)
         if _same_trees(state, after):
-            _inherit(state, after, "_leaves", "_ownership", "_attached")
+            _inherit(state, after, "_leaves", "_apart", "_ownership", "_attached")
         return after, metrics
 
     # -- whole ---------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ class CompiledStep:
             new_leaves, metrics = compiled(leaves, batch_leaves)
         if self._donate:
             after = state.replace()
-            _inherit(state, after, "_leaves", "_structure")
+            _inherit(state, after, "_leaves", "_apart", "_structure")
         else:
             after = _locked(pytree.tree_unflatten(new_leaves, structure.spec))
         remember_step(state, after, self._updates_per_call(state, after))
@@ -340,6 +344,19 @@ def _cached(state: TrainState, name: str, make: Callable[[TrainState], Any]) -> 
 def _leaves(state: TrainState) -> list[Tensor]:
     leaves: list[Tensor] = _cached(state, "_leaves", pytree.tree_leaves)
     return leaves
+
+
+def _check_apart(state: TrainState) -> None:
+    """Refuse a state that holds a tensor twice: what is written over one entry would change the other."""
+    if not _cached(state, "_apart", lambda s: tree.are_apart(_leaves(s))):
+        seen: dict[int, str] = {}
+        for path, leaf in pytree.tree_flatten_with_path(state)[0]:
+            name, place = f"state{pytree.keystr(path)}", tree.address(leaf)
+            if place and seen.setdefault(place, name) != name:
+                raise ValueError(
+                    f"state: {seen[place]} and {name} are one memory, and a step that donates would write over both; "
+                    "clone one of them (trainkit.tree.clone), or compile with donate=False"
+                )
 
 
 def _structure(state: TrainState) -> _Structure:

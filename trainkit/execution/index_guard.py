@@ -2,9 +2,8 @@
 
 Compiled CPU code that meets a label or a token out of range ends the process: its check throws inside a parallel
 region. So the indices that a graph takes from its inputs (tokens of an embedding, labels of a cross-entropy) are
-compared
-with their bounds on the host first, and the error that eager torch raises is raised, before anything is written. On
-an accelerator nothing is checked: looking would wait for the device, whose kernels assert on their own.
+compared with their bounds on the host first, and the error that eager torch raises is raised, before anything is
+written. On an accelerator nothing is checked: looking would wait for the device, whose kernels assert on their own.
 """
 
 from __future__ import annotations

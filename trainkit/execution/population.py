@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +18,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
-from trainkit.gradients import LossScale, checked, finished, mean_scale, weight_of
-from trainkit.optim.torch_kernels import under_vmap
+from trainkit.gradients import (
+    LossScale,
+    check_unused,
+    checked,
+    draws_of,
+    finished,
+    mean_scale,
+    unreached,
+    weight_of,
+)
 from trainkit.parts import part, run_parts_with
 from trainkit.state import TrainState, remember_step, seed_of
 from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput, Metrics, StepFn
@@ -118,8 +126,7 @@ def member_value_and_grad(
         >>> member_value_and_grad(loss)(state, torch.ones(3, 2)).grads["weight"]
         tensor([[3., 3.]])
     """
-    if unused not in ("error", "zero"):
-        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+    check_unused(unused)
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         names, params = list(tree.named(state.params)), tree.leaves(state.params)
@@ -140,7 +147,7 @@ def member_value_and_grad(
                 tree.leaves(buffers),
             )
 
-        with _draws_of(state, rank):
+        with draws_of(state, rank):
             grads, (loss_sum, weight, factor, metrics, buffers) = torch.func.grad(top, has_aux=True)(params)
         if scale is not None:
             grads = [(g / factor).to(g.dtype) for g in grads]
@@ -205,13 +212,6 @@ def _state_of(leaves: list[Tensor], structure: Any) -> TrainState:
     return state.replace(**{k: tree.frozen(t) for k, t in trees.items() if isinstance(t, TensorDict)})
 
 
-def _draws_of(state: TrainState, rank: int) -> AbstractContextManager[None]:
-    # Under vmap a key has no value to seed with, and a graph cannot seed: there the caller does.
-    if torch.compiler.is_compiling() or under_vmap():
-        return nullcontext()
-    return rng.seeded(seed_of(state, rank), state.step.device)
-
-
 def _check_stacked(state: TrainState) -> None:
     if state.step.dim() != 1:
         raise ValueError(
@@ -230,10 +230,7 @@ def _check_used(loss_sum: Tensor, names: list[str], params: list[Tensor]) -> Non
     ends = [torch.autograd.graph.get_gradient_edge(p).node for p in params]
     missing = [name for name, end in zip(names, ends, strict=True) if end not in reached]
     if missing:
-        raise ValueError(
-            f"params: no gradient reached {', '.join(missing)}. Freeze them (requires_grad=False before init_state), "
-            "use them in the loss, or pass unused='zero'"
-        )
+        raise unreached(missing)
 
 
 @contextmanager

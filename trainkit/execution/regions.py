@@ -62,7 +62,8 @@ def _region(block: nn.Module, training: bool) -> Callable[..., Any]:
     def code(tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return torch.func.functional_call(template, dict(zip(names, tensors, strict=True)), args, kwargs)
 
-    return torch.compiler.nested_compile_region(code)  # type: ignore[no-any-return]
+    region: Callable[..., Any] = torch.compiler.nested_compile_region(code)
+    return region
 
 
 def _through(region: dict[bool, Callable[..., Any]], block: nn.Module) -> Callable[..., Any]:

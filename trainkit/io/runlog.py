@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from trainkit.accumulate import merge_metrics
+from trainkit.metrics import Metric
+from trainkit.types import Metrics
 
 Row = Mapping[str, Any]
 
@@ -19,6 +26,8 @@ class JsonLines:
 
     Args:
         path: the file; one of an earlier run is replaced, missing folders are made.
+        until: a run that goes on from this step keeps the rows up to it, each of which has a ``step``. Rows after it,
+            and a last line that was not finished, are left out: the run writes them again.
 
     Example:
         >>> import tempfile, torch
@@ -29,15 +38,26 @@ class JsonLines:
         [{'step': 1, 'loss': 0.5}]
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, until: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("w", encoding="utf-8")
+        if until is None or not path.exists():
+            self._file: TextIO = path.open("w", encoding="utf-8")
+            return
+        kept = path.with_name(f".{path.name}.kept")
+        kept.write_text("".join(_lines_until(path, until)), encoding="utf-8")
+        # Renamed, so that a run that ends here leaves the rows of one file or of the other.
+        os.replace(kept, path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, **row: Any) -> None:
         """Append a row. Tensors of one element become numbers; NaN and infinities, which JSON lacks, become strings."""
         line = json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk: before a checkpoint is saved, which then never knows more than they."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -49,6 +69,62 @@ class JsonLines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            yield line
+
+
+class MetricWindow:
+    """Metrics merged since they were last read, which a resumed run goes on with.
+
+    Example:
+        >>> import torch
+        >>> from trainkit.metrics import Mean
+        >>> window = MetricWindow()
+        >>> window.add({"loss": Mean(torch.tensor(6.0), torch.tensor(2.0))})
+        >>> resumed = MetricWindow(window.state_dict())
+        >>> resumed.add({"loss": Mean(torch.tensor(0.0), torch.tensor(1.0))})
+        >>> resumed.read(), resumed.read()
+        ({'loss': 2.0}, {})
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self._metrics: Metrics = {}
+        self._saved: dict[str, Any] = dict(state or {})
+
+    def add(self, metrics: Metrics) -> None:
+        """Merge the metrics of a step."""
+        known = self._saved.keys() & metrics.keys()
+        before = {name: _restored(self._saved.pop(name), metrics[name]) for name in known}
+        self._metrics = merge_metrics(merge_metrics(self._metrics, before), metrics)
+
+    def read(self) -> dict[str, float]:
+        """The value of each metric; the window is empty afterwards. Waits for the device.
+
+        Raises: ValueError if a metric of the saved window did not come again.
+        """
+        if self._saved and self._metrics:
+            raise ValueError(
+                f"metrics: {sorted(self._saved)} of the saved window did not come again since; expected them"
+            )
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        self._metrics = {}
+        return values
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """The numbers of the window by metric: JSON, exact."""
+        found = {name: [t.tolist() for t in pytree.tree_leaves(metric)] for name, metric in self._metrics.items()}
+        return {**self._saved, **found}
+
+
+def _restored(numbers: list[Any], like: Metric) -> Metric:
+    leaves, structure = pytree.tree_flatten(like)
+    tensors = [torch.tensor(n, dtype=t.dtype, device=t.device) for n, t in zip(numbers, leaves, strict=True)]
+    metric: Metric = pytree.tree_unflatten(tensors, structure)
+    return metric
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -89,11 +165,11 @@ def plot_curves(rows: Iterable[Row], path: Path, names: Mapping[str, str], *, y_
 
 
 def describe_folder(folder: Path, notes: Mapping[str, str]) -> str:
-    """The files of a run, one line each: name, size, what it is.
+    """The files and folders of a run, one line each: name, size, what it is.
 
     Args:
         folder: the run folder.
-        notes: what each file is, by its name.
+        notes: what each is, by its name.
 
     Raises: FileNotFoundError for a file that is noted and does not exist.
 
@@ -110,8 +186,9 @@ def describe_folder(folder: Path, notes: Mapping[str, str]) -> str:
     return "\n".join([str(folder), *lines])
 
 
-def _kibibytes(file: Path) -> int:
-    return math.ceil(file.stat().st_size / 1024)
+def _kibibytes(path: Path) -> int:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return math.ceil(sum(file.stat().st_size for file in files) / 1024)
 
 
 def _plain(value: Any) -> Any:

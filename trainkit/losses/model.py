@@ -70,9 +70,9 @@ def arguments(batch: Any, selection: Selection) -> tuple[list[Any], dict[str, An
     """
     if isinstance(selection, Mapping):
         return [], {keyword: pick(batch, select) for keyword, select in selection.items()}
-    if isinstance(selection, (tuple, list)):
+    if isinstance(selection, Sequence) and not isinstance(selection, str):
         return [pick(batch, select) for select in selection], {}
-    return [pick(batch, selection)], {}  # type: ignore[arg-type]
+    return [pick(batch, selection)], {}
 
 
 def module_loss(

@@ -70,6 +70,15 @@ def adafactor(
         raise ValueError(f"d: got {d}, expected a number >= 1")
     eps1, eps2 = eps
     check_non_negative(eps1=0.0 if eps1 is None else eps1, eps2=eps2, weight_decay=weight_decay)
+    # torch annotates eps1 as a number, and takes None.
+    options: dict[str, Any] = {
+        "d": d,
+        "beta2_decay": beta2_decay,
+        "weight_decay": weight_decay,
+        "eps1": eps1,
+        "eps2": eps2,
+        "maximize": maximize,
+    }
     slots: Slots = {"row_var": _row_zeros, "col_var": _column_zeros, "variance": _vector_zeros}
 
     def kernel(params: list[Tensor], grads: list[Tensor], memory: Memory, step: Tensor, learning_rate: Rate) -> None:
@@ -77,21 +86,8 @@ def adafactor(
         rows, columns = _spread(memory["row_var"], matrix), _spread(memory["col_var"], matrix)
         vectors = _spread(memory["variance"], [not m for m in matrix])
         if not loop_form(params)["capturable"] and all(is_plain(type(p)) for p in params):
-            torch_adafactor(
-                params,
-                grads,
-                rows,
-                columns,
-                vectors,
-                step_tensors(step, params),
-                d=d,
-                lr=learning_rate,
-                beta2_decay=beta2_decay,
-                weight_decay=weight_decay,
-                eps1=eps1,  # type: ignore[arg-type]
-                eps2=eps2,
-                maximize=maximize,
-            )
+            steps = step_tensors(step, params)
+            torch_adafactor(params, grads, rows, columns, vectors, steps, lr=learning_rate, **options)
             return
         for p, g, row, column, vector in zip(params, grads, rows, columns, vectors, strict=True):
             t = step.to(p.device, torch.promote_types(p.dtype, torch.float32))

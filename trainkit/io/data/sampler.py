@@ -1,4 +1,4 @@
-"""The order of the data: a function of the seed and the epoch, read at an integer position."""
+"""Shuffled batches of a tensor's rows, read at an integer position."""
 
 from __future__ import annotations
 
@@ -8,26 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trainkit import rng
-
-
-def epoch_order(num_rows: int, *, seed: int, epoch: int) -> Tensor:
-    """The order of the rows in one epoch: a permutation that depends on nothing else than its arguments.
-
-    Args:
-        num_rows: how many rows there are.
-        seed: of the run; fits 64 bits.
-        epoch: which pass over the rows, from 0.
-
-    Returns: int64 tensor of shape (num_rows,).
-
-    Example:
-        >>> order = epoch_order(5, seed=0, epoch=3)
-        >>> torch.equal(order, epoch_order(5, seed=0, epoch=3)), order.sort().values
-        (True, tensor([0, 1, 2, 3, 4]))
-    """
-    generator = torch.Generator().manual_seed(rng.fold_in_host(seed, epoch))
-    return torch.randperm(num_rows, generator=generator)
+from trainkit.io.data.order import epoch_order
 
 
 def shuffled_batches(rows: Tensor, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:

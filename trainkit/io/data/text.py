@@ -84,6 +84,22 @@ def dataset_documents(name: str) -> Dataset:
     return rows.select_columns("text").add_column("name", [str(i) for i in range(len(rows))])
 
 
+def text_documents(path: Path | None = None, dataset: str | None = None) -> Dataset:
+    """Documents from a path, from a dataset, or, where neither is given, the standard library's.
+
+    Raises: ValueError if both are given, and what :func:`path_documents` and :func:`dataset_documents` raise.
+
+    Example:
+        >>> len(text_documents()) > 100
+        True
+    """
+    if path is not None and dataset is not None:
+        raise ValueError("data and dataset: both are given, expected at most one of them")
+    if dataset is not None:
+        return dataset_documents(dataset)
+    return stdlib_documents() if path is None else path_documents(path)
+
+
 def split_by_name(documents: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Training and validation documents, split whole, by a hash of the name.
 

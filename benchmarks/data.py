@@ -1,0 +1,120 @@
+"""``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader and beside the disk.
+
+- Rows of an arrow table (four columns of numbers) in shuffled batches of 32: rows per second of ``Loader``, and of
+  ``torch.utils.data.DataLoader`` on the same ``datasets.Dataset`` in the format "torch" with its default collate.
+- The time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
+- Bytes per second over a whole file of tokens, beside reading the same bytes in pieces of the same size.
+
+The ways take turns in every round; printed are medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from benchmarks.report import environment, in_turns, ratio, seconds
+from trainkit.io.data import Loader, TokenFile
+
+ROWS, BATCH, BATCHES = 100_000, 32, 300
+SEQ_LEN, FILE_ROWS = 16, 33_000_000
+READ_LEN, READ_BATCH = 1024, 64
+POSITIONS = (0, 10**3, 10**6)
+
+
+def arrow_rows() -> Dataset:
+    g = np.random.default_rng(0)
+    columns = {"x": g.standard_normal(ROWS), "y": g.standard_normal(ROWS), "n": g.integers(0, 9, ROWS)}
+    return Dataset.from_dict({**columns, "label": g.integers(0, 2, ROWS)})
+
+
+def drained(batches: Any, number: int | None = None) -> None:
+    for _ in islice(batches, number):
+        pass
+
+
+def of_arrow(rounds: int) -> dict[str, list[float]]:
+    data = arrow_rows()
+    plain = DataLoader(data.with_format("torch"), batch_size=BATCH, shuffle=True)
+    ways = {
+        "DataLoader": lambda: seconds(lambda: drained(plain, BATCHES)),
+        "Loader": lambda: seconds(lambda: drained(iter(Loader(data, batch_size=BATCH)), BATCHES)),
+    }
+    return in_turns(ways, rounds)
+
+
+def of_resuming(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """From opening the file to the first batch; the position is what a checkpoint has."""
+    path = folder / "resumed.bin"
+    np.memmap(path, dtype=np.uint8, mode="w+", shape=(FILE_ROWS * SEQ_LEN + 1,)).flush()
+    fresh = Loader(TokenFile(path, SEQ_LEN, dtype="uint8"), batch_size=BATCH).state_dict()
+
+    def first(position: int) -> float:
+        def resumed() -> None:
+            loader = Loader(TokenFile(path, SEQ_LEN, dtype="uint8"), batch_size=BATCH)
+            windows, within = divmod(position, WINDOW // BATCH)
+            loader.load_state_dict(fresh | {"batch": position, "total": position, "window": windows, "within": within})
+            next(iter(loader))
+
+        return seconds(resumed)
+
+    return in_turns({f"batch {position}": partial(first, position) for position in POSITIONS}, rounds)
+
+
+WINDOW = 4096
+
+
+def of_reading(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """A file that is in memory already, so that the disk does not hide the work."""
+    path, size = folder / "tokens.bin", READ_LEN * READ_BATCH * 1000
+    path.write_bytes(np.random.default_rng(0).bytes(size + 1))
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            while torch.frombuffer(bytearray(file.read(READ_LEN * READ_BATCH)), dtype=torch.uint8).numel() > 1:
+                pass
+
+    def loaded() -> None:
+        drained(iter(Loader(TokenFile(path, READ_LEN, dtype="uint8"), batch_size=READ_BATCH, shuffle=False)))
+
+    return in_turns({"read": partial(seconds, read), "Loader": partial(seconds, loaded)}, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file that the results are written to")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each way is measured")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        parts = {
+            "arrow": of_arrow(arguments.rounds),
+            "resuming": of_resuming(Path(name), arguments.rounds),
+            "reading": of_reading(Path(name), arguments.rounds),
+        }
+    report: dict[str, Any] = {"environment": environment("benchmarks.data"), "rounds": arguments.rounds}
+    for part, times in parts.items():
+        (peer, of_peer), *others = times.items()
+        report[part] = {name: median(values) for name, values in times.items()}
+        report[f"{part}_ratio"] = {f"{name} / {peer}": ratio(values, of_peer) for name, values in others}
+        print(f"\n{part}, median of {arguments.rounds}, in milliseconds")
+        for way, value in report[part].items():
+            print(f"  {way:24} {value * 1e3:9.1f}")
+        for way, found in report[f"{part}_ratio"].items():
+            print(f"  {way:30} {found['ratio']:.3f} ({found['lowest']:.3f}-{found['highest']:.3f})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

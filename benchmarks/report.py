@@ -1,0 +1,51 @@
+"""What all measurements share: taking turns, ratios with their range, and where they were made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long a call takes, by the wall clock."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def in_turns(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each action reports of itself, in turns; the first round is left out."""
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 1):
+        for name, action in actions.items():
+            found[name].append(action())
+    return {name: values[1:] for name, values in found.items()}
+
+
+def ratio(times: list[float], of_peer: list[float]) -> dict[str, float]:
+    """The ratio of the medians, and the lowest and highest of single rounds."""
+    rounds = [a / b for a, b in zip(times, of_peer, strict=True)]
+    return {"ratio": median(times) / median(of_peer), "lowest": min(rounds), "highest": max(rounds)}
+
+
+def environment(module: str) -> dict[str, Any]:
+    """The command, hardware and versions that a figure comes with."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": f"python -m {module} {' '.join(sys.argv[1:])}".strip(),
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }

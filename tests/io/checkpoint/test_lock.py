@@ -1,0 +1,138 @@
+"""One writer per folder, with real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trainkit import TrainState
+from trainkit.io.checkpoint import CheckpointError, Lock, Saver, checkpoints, save
+
+# Python 3.12 warns of every fork in a process that has threads, and torch has some.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+Make = Callable[..., TrainState]
+
+
+@contextmanager
+def forked(work: Callable[[], None]) -> Iterator[int]:
+    """A child that does this and ends with 0, or 1 after an exception. It is killed and reaped at the end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    try:
+        yield pid
+    finally:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def hold(folder: Path) -> None:
+    lock = Lock(folder)
+    (folder / "ready").touch()
+    time.sleep(60)
+    lock.release()
+
+
+def test_a_second_writer_is_refused_at_once_with_the_name_of_the_first(tmp_path: Path, make_state: Make) -> None:
+    with forked(lambda: hold(tmp_path)) as owner:
+        wait_for((tmp_path / "ready").exists)
+        start = time.monotonic()
+        for attempt in (Lock, Saver, lambda folder: save(folder, make_state())):
+            with pytest.raises(CheckpointError, match=rf"is written to by process {owner} on '.*' since '20\d\d-"):
+                attempt(tmp_path)
+        assert time.monotonic() - start < 1
+        assert checkpoints(tmp_path) == []
+
+
+def test_the_lock_of_a_dead_owner_is_taken_over(tmp_path: Path) -> None:
+    with forked(lambda: hold(tmp_path)) as owner:
+        wait_for((tmp_path / "ready").exists)
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == owner
+    with Lock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / ".lock").read_bytes() == b""
+
+
+def test_children_of_a_dead_owner_do_not_hold_it(tmp_path: Path) -> None:
+    def parent() -> None:
+        with Lock(tmp_path):
+            child = os.fork()
+            if child == 0:
+                (tmp_path / "child").write_text(str(os.getpid()))
+                time.sleep(60)
+                os._exit(0)
+            time.sleep(60)
+
+    with forked(parent) as owner:
+        wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "")
+        with pytest.raises(CheckpointError, match=f"process {owner} "):
+            Lock(tmp_path)
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+        try:
+            Lock(tmp_path).release()
+        finally:
+            os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+def test_a_program_that_is_started_does_not_inherit_it(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
+        lock.release()
+        Lock(tmp_path).release()
+        child.communicate(b"\n")
+
+
+def test_the_same_process_is_a_second_writer_too(tmp_path: Path, make_state: Make) -> None:
+    with Lock(tmp_path) as lock:
+        with pytest.raises(CheckpointError, match=f"process {os.getpid()} "):
+            Lock(tmp_path)
+        # What this process saves uses the lock that it has.
+        save(tmp_path, make_state(1), run_id="run")
+        with Saver(tmp_path, run_id="run") as saver:
+            with pytest.raises(CheckpointError, match="this process has a Saver for it already"):
+                Saver(tmp_path, run_id="run")
+            saver.save(make_state(2))
+            save(tmp_path, make_state(3))
+        with pytest.raises(CheckpointError, match=f"process {os.getpid()} "):
+            Lock(tmp_path)
+        lock.release()
+        lock.release()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff" * 5000, b'{"pid":"x","host":1,"since":2}', b"[" * 4000])
+def test_an_owner_that_has_not_said_its_name(content: bytes, tmp_path: Path) -> None:
+    with Lock(tmp_path):
+        (tmp_path / ".lock").write_bytes(content)
+        with pytest.raises(CheckpointError, match="another process that has not said its name yet"):
+            Lock(tmp_path)
+
+
+def test_the_lock_goes_with_its_object(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    del lock
+    Lock(tmp_path).release()

@@ -1,0 +1,139 @@
+import itertools
+import json
+from collections import Counter
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainkit.io.data.errors import BatchError
+from trainkit.io.data.loader import Loader
+from trainkit.io.data.mixing import Deal, mix
+from trainkit.io.data.ragged import Ragged
+
+
+@given(
+    counts=st.lists(st.integers(1, 7), min_size=1, max_size=4), start=st.integers(0, 10**12), number=st.integers(1, 40)
+)
+def test_any_part_of_a_deal_is_that_part_of_the_whole(counts: list[int], start: int, number: int) -> None:
+    deal = Deal(counts, seed=3)
+    part = deal.at(start, start + number).tolist()
+    assert part == [source for i in range(start, start + number) for source in deal.at(i, i + 1).tolist()]
+    counted = Counter(part)
+    assert deal.before(start + number) == [n + counted[i] for i, n in enumerate(deal.before(start))]
+    # Whole cycles have exactly the counts.
+    cycle = Counter(deal.at(sum(counts) * 5, sum(counts) * 6).tolist())
+    assert [cycle[i] for i in range(len(counts))] == counts
+
+
+def test_shares_are_those_of_the_weights_in_any_thousand_rows() -> None:
+    mixture = mix({"a": torch.arange(700), "b": torch.arange(50)}, {"a": 0.7, "b": 0.3}, rows=10_000)
+    order = mixture.order(seed=1, shuffle=True)
+    for start in (0, 3000, 9000):
+        assert int((order.at(2, start, start + 1000) < 700).sum()) == 700
+
+
+def test_a_source_is_read_to_its_end_before_it_is_read_again() -> None:
+    mixture = mix([list(range(6)), list(range(100, 104))], [1, 2], rows=15)
+    order = mixture.order(seed=0, shuffle=True)
+    rows = torch.cat([order.at(epoch, 0, 15) for epoch in range(4)]).tolist()
+    for first, size in ((0, 6), (6, 4)):
+        own = [row - first for row in rows if first <= row < first + size]
+        passes = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
+        assert all(sorted(one) == list(range(size)) for one in passes)
+        assert len({tuple(one) for one in passes}) > 1
+
+
+def loaders() -> dict[str, Any]:
+    def stream(n: int) -> datasets.IterableDataset:
+        return datasets.Dataset.from_dict({"x": list(range(n))}).to_iterable_dataset()
+
+    arrow = datasets.Dataset.from_dict({"x": list(range(100, 105))})
+    return {
+        "map": mix([{"x": torch.arange(7)}, arrow], [3, 1]),
+        "streams": mix([stream(7), stream(3)], [3, 1]),
+        "both": mix([stream(7), arrow], [2, 1]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["map", "streams", "both"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mixture_resumes_anywhere(kind: str, workers: int) -> None:
+    def make(**options: Any) -> Loader:
+        return Loader(loaders()[kind], batch_size=2, window=4, batches=14, **options)
+
+    whole = [batch["x"].tolist() for batch in make()]
+    assert len(whole) == 14
+    for stop in range(0, 14, 1 if workers == 0 else 5):
+        loader = make(workers=workers)
+        batches = iter(loader)
+        taken = [batch["x"].tolist() for batch in itertools.islice(batches, stop)]
+        state = json.loads(json.dumps(loader.state_dict()))
+        batches.close()
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert taken + [batch["x"].tolist() for batch in resumed] == whole
+
+
+def test_rows_of_several_sources_keep_their_places() -> None:
+    ragged = datasets.Dataset.from_dict({"ids": [[i] * (i + 1) for i in range(4)]})
+    more = datasets.Dataset.from_dict({"ids": [[9, 9], [8]]})
+    mixture = mix([ragged, more, [{"ids": [7, 7, 7]}]])
+    found = mixture.fetch([5, 1, 4, 3])
+    assert isinstance(found["ids"], Ragged)
+    assert [row.tolist() for row in found["ids"]] == [[8], [1, 1], [9, 9], [3, 3, 3, 3]]
+    assert [list(row["ids"]) for row in mixture.fetch([6, 0])] == [[7, 7, 7], [0]]
+    assert mixture.lengths("ids").tolist() == [1, 2, 3, 4, 2, 1, 3]
+
+
+def test_a_mixture_can_be_grouped_by_length() -> None:
+    mixture = mix([{"ids": [[1] * n for n in range(1, 9)]}, {"ids": [[2] * n for n in range(1, 9)]}])
+    batches = Loader(
+        mixture,
+        max_tokens=16,
+        lengths="ids",
+        group_by_length=True,
+        window=16,
+        collate=lambda c: torch.tensor([len(r) for r in c["ids"]]),
+    )
+    found = [batch.tolist() for batch in batches]
+    assert sorted(itertools.chain(*found)) == sorted([*range(1, 9), *range(1, 9)])
+    assert all(len(batch) * max(batch) <= 16 for batch in found)
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "told"),
+    [
+        ([], None, "sources: got none"),
+        ([[1], []], None, "'1' has no rows"),
+        ([[1], [2]], [1], "expected a positive number for each"),
+        ([[1], [2]], [1, 0], "expected a positive number for each"),
+        ([[1], [2]], [1, float("nan")], "expected a positive number for each"),
+        ([[1], [2]], [1, 1e-9], "at least 1 / 10000"),
+        ({"a": [1]}, {"b": 1}, "got \\['b'\\] for the sources \\['a'\\]"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(sources: Any, weights: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        mix(sources, weights)
+
+
+def test_sources_with_other_keys_are_named() -> None:
+    mixture = mix({"a": {"x": torch.arange(2)}, "b": {"y": torch.arange(2)}})
+    with pytest.raises(BatchError, match=r"expected the keys \['x'\] of 'a', found \['y'\] in 'b'"):
+        next(iter(Loader(mixture, batch_size=4)))
+
+
+def test_an_error_of_a_source_names_it() -> None:
+    class Broken:
+        num_rows = 3
+
+        def fetch(self, indices: Any) -> Any:
+            raise OSError("unplugged")
+
+    with pytest.raises(OSError, match=r"unplugged \(rows .* of source 'disk'\) \(batch 0"):
+        list(Loader(mix({"memory": [1, 2, 3], "disk": Broken()}), batch_size=6))

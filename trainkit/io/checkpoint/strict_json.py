@@ -1,0 +1,136 @@
+"""JSON that comes back as it was, and that cannot hurt who reads it: limited in size, depth and number of values."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from trainkit.io.checkpoint.errors import DamageError
+
+MAX_BYTES = 16 * 2**20
+MAX_DEPTH = 64
+MAX_VALUES = 1_000_000
+MAX_INT_BITS = 4096
+_MAX_INT_DIGITS = 1300
+_STRING = re.compile(rb'"[^"]*"?')
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def encode(value: Any, what: str) -> bytes:
+    """A value as JSON, after a check that :func:`decode` gives the same value back.
+
+    Args:
+        value: dictionaries with string keys, lists, strings, integers below 2^4096, finite floats, booleans, None.
+        what: its name for error messages.
+
+    Raises:
+        TypeError: something else is in it; the text says where.
+        ValueError: a float is not finite, or a limit is passed.
+
+    Example:
+        >>> encode({"epoch": 3, "rows": [1, 2]}, "cursor")
+        b'{"epoch":3,"rows":[1,2]}'
+    """
+    if _count(value, what, 1) > MAX_VALUES:
+        raise ValueError(f"{what}: holds more than {MAX_VALUES} values; large data belongs into tensors")
+    data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{what}: {len(data)} bytes of JSON, expected at most {MAX_BYTES}")
+    return data
+
+
+def _count(value: Any, where: str, depth: int) -> int:
+    """How many values there are, all of them checked."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where[:200]}: nested deeper than {MAX_DEPTH}")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: has the key {key!r}, expected strings as keys")
+        return 1 + sum(_count(child, f"{where}.{key}", depth + 1) for key, child in value.items())
+    if isinstance(value, list):
+        return 1 + sum(_count(child, f"{where}[{i}]", depth + 1) for i, child in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: is {value}, which JSON lacks; expected a finite number")
+    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        raise ValueError(f"{where}: is an integer of {value.bit_length()} bits, expected at most {MAX_INT_BITS}")
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise TypeError(
+            f"{where}: is a {type(value).__name__}, expected JSON: dict, list, str, int, float, bool or None "
+            "(a tuple as list(...), a number of another library as int(...) or float(...))"
+        )
+    return 1
+
+
+def decode(data: bytes, what: str) -> Any:
+    """The value of JSON bytes that nobody has vouched for.
+
+    Args:
+        data: at most 16 MiB.
+        what: the file, for error messages.
+
+    Raises: DamageError for anything that :func:`encode` would not have written: bad syntax, a key twice, NaN, too
+        deep, too much.
+
+    Example:
+        >>> decode(b'{"a":[1,2.5]}', "f.json")
+        {'a': [1, 2.5]}
+    """
+    check_extent(data, what)
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_short,
+        )
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{what}: no valid JSON: {error}") from error
+
+
+def check_extent(data: bytes, what: str) -> None:
+    """Count before parsing: a parser would first build what is too much.
+
+    Raises: DamageError if a limit is passed.
+    """
+    if len(data) > MAX_BYTES:
+        raise DamageError(f"{what}: {len(data)} bytes of JSON, expected at most {MAX_BYTES}")
+    # Without escapes a string ends at the next quote.
+    bare = _STRING.sub(b"", data.replace(b"\\\\", b"").replace(b'\\"', b""))
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
+        raise DamageError(f"{what}: holds more than {MAX_VALUES} values")
+    depth = 0
+    for bracket in bare.translate(None, _ALL_BUT_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise DamageError(f"{what}: nested deeper than {MAX_DEPTH}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        # `add` returns None: the first name that is already there ends the search.
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:200]!a} is there twice")
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large for a float")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > _MAX_INT_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)

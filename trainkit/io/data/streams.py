@@ -1,0 +1,102 @@
+"""Streams: rows that can only be read from a beginning, or from a state that the stream itself gives."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Rows in one order. A class of your own with these two is a stream as well."""
+
+    def read(self, epoch: int, state: Any, num_read: int) -> Iterator[Any]:
+        """The rows of an epoch after the first ``num_read``; ``state`` is what :meth:`state` gave there, or None."""
+
+    def state(self) -> Any:
+        """Where the reading is, after the row that was given last: JSON, or None if ``num_read`` says it all."""
+
+
+class IterableRows:
+    """Any iterable that can be read from its beginning again, such as a torch ``IterableDataset``.
+
+    With ``state_dict`` and ``load_state_dict`` it continues from its own state; otherwise the rows before a position
+    are read and thrown away, which costs what reading them cost the first time. ``set_epoch`` is called where there is
+    one.
+
+    ``datasets.IterableDataset`` has a state, except that it forgets the rows of a shuffle buffer: a stream after
+    ``shuffle`` is therefore read again from the beginning of its epoch, so that no row is lost.
+
+    Args:
+        rows: the iterable.
+
+    Raises: TypeError for an iterator without a state: it can be read once only, so a run over it could not be resumed.
+
+    Example:
+        >>> list(IterableRows([1, 2, 3]).read(0, None, 1))
+        [2, 3]
+    """
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self._rows: Any = rows
+        self._has_state = hasattr(rows, "state_dict") and hasattr(rows, "load_state_dict") and not _forgets_rows(rows)
+        if not self._has_state and iter(rows) is rows:
+            raise TypeError(
+                f"data: got {type(rows).__name__}, an iterator, which can be read only once; expected something that "
+                "iter() starts again, such as a class with __iter__ or datasets.IterableDataset.from_generator"
+            )
+        # What a foreign stream starts from; one of datasets is told so by None.
+        self._first = copy.deepcopy(rows.state_dict()) if self._has_state and not _is_hugging_face(rows) else None  # type: ignore[attr-defined]
+
+    def read(self, epoch: int, state: Any, num_read: int) -> Iterator[Any]:
+        if hasattr(self._rows, "set_epoch"):
+            self._rows.set_epoch(epoch)
+        if not self._has_state:
+            # A state may be left in it from elsewhere.
+            if _is_hugging_face(self._rows):
+                self._rows.load_state_dict(None)
+            return itertools.islice(iter(self._rows), num_read, None)
+        self._rows.load_state_dict(copy.deepcopy(self._first if state is None else state))
+        return iter(self._rows)
+
+    def state(self) -> Any:
+        return copy.deepcopy(self._rows.state_dict()) if self._has_state else None
+
+
+def as_stream(data: Any) -> Stream:
+    """Data that are read from their beginning, as a stream.
+
+    Args:
+        data: an iterable, or a :class:`Stream`.
+
+    Raises: TypeError for anything else, and for an iterator that can be read only once.
+
+    Example:
+        >>> list(as_stream("abc").read(0, None, 0))
+        ['a', 'b', 'c']
+    """
+    if isinstance(data, Stream):
+        return data
+    if not isinstance(data, Iterable) and not hasattr(data, "__iter__"):
+        raise TypeError(f"data: got {type(data).__name__}, expected a dataset, a list, columns or an iterable")
+    return IterableRows(data)
+
+
+def _is_hugging_face(rows: Any) -> bool:
+    package = sys.modules.get("datasets")
+    return package is not None and isinstance(rows, package.IterableDataset)
+
+
+def _forgets_rows(rows: Any) -> bool:
+    """Whether a shuffle buffer stands somewhere in a stream of datasets."""
+    return _is_hugging_face(rows) and _has_buffer(rows._ex_iterable)
+
+
+def _has_buffer(stage: Any) -> bool:
+    if type(stage).__name__ == "BufferShuffledExamplesIterable":
+        return True
+    below = [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", [])]
+    return any(_has_buffer(one) for one in below if one is not None)
