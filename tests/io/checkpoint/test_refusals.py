@@ -173,6 +173,16 @@ def test_what_is_no_checkpoint_of_this_run_is_set_aside(tmp_path: Path, make_sta
     verify(foreign)
 
 
+def test_the_manifest_of_another_step_is_found(tmp_path: Path, make_state: Make) -> None:
+    old, new = save(tmp_path, make_state(2)), save(tmp_path, make_state(8))
+    shutil.copyfile(old / "manifest.json", new / "manifest.json")
+    with pytest.warns(CheckpointWarning, match=r"manifest.json: is of step 2, in the folder of step 8"):
+        assert latest(tmp_path) == old
+    # Under a name of one's own a copy is as good.
+    shutil.copytree(old, tmp_path / "best")
+    assert load(tmp_path / "best", make_state(0)).step == 2
+
+
 def test_nothing_is_written_or_deleted_through_a_link(tmp_path: Path, make_state: Make) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -92,12 +92,19 @@ def read_small(folder: int, name: str, limit: int, what: str) -> bytes:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each durable in the one that holds it."""
-    missing = [each for each in (path, *path.parents) if not each.exists()]
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-        with opened(each.parent) as parent:
-            os.fsync(parent)
+    """Make a folder and those above it on the same disk, each durable in the one that holds it.
+
+    Those that are there already are flushed too: a process that was killed may have made them and have come no further.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    real = path.resolve()
+    disk = real.stat().st_dev
+    for above in real.parents:
+        if above.stat().st_dev != disk or not os.access(above, os.R_OK):
+            # What this process may not read it has not made.
+            return
+        with opened(above) as fd:
+            os.fsync(fd)
 
 
 def write_new(folder: int, name: str, parts: Iterable[Buffer]) -> FileRecord:

@@ -80,10 +80,13 @@ def manifest_of(path: Path) -> Manifest:
 def read_manifest(folder: int, path: Path) -> Manifest:
     """The manifest of an open checkpoint.
 
-    Raises: DamageError, CheckpointError.
+    Raises: DamageError, also for the manifest of another step than that of the folder's name; CheckpointError.
     """
     what = str(path / MANIFEST)
-    return decode_manifest(files.read_small(folder, MANIFEST, strict_json.MAX_BYTES, what), what)
+    manifest = decode_manifest(files.read_small(folder, MANIFEST, strict_json.MAX_BYTES, what), what)
+    if step_in(path.name) not in (-1, manifest.step):
+        raise DamageError(f"{what}: is of step {manifest.step}, in the folder of step {step_in(path.name)}")
+    return manifest
 
 
 def scan(folder: int, path: Path, known: Known | None = None) -> list[Entry]:
