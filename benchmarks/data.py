@@ -1,7 +1,8 @@
 """``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader and beside the disk.
 
-- Rows of an arrow table (four columns of numbers) in shuffled batches of 32: rows per second of ``Loader``, and of
-  ``torch.utils.data.DataLoader`` on the same ``datasets.Dataset`` in the format "torch" with its default collate.
+- Rows of an arrow table (four columns of numbers) in shuffled batches of 32: ``Loader`` beside
+- Rows of an arrow table (four columns of numbers), shuffled, in batches of 32: ``Loader`` beside
+  row, and with the batched fetch that ``datasets`` offers to it.
 - The time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
 - Bytes per second over a whole file of tokens, beside reading the same bytes in pieces of the same size.
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.report import environment, in_turns, ratio, seconds
 from trainkit.io.data import Loader, TokenFile
@@ -39,6 +41,19 @@ def arrow_rows() -> Dataset:
     return Dataset.from_dict({**columns, "label": g.integers(0, 2, ROWS)})
 
 
+class RowByRow(TorchDataset[Any]):
+    """What a dataset class without ``__getitems__`` is to a DataLoader."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
 def drained(batches: Any, number: int | None = None) -> None:
     for _ in islice(batches, number):
         pass
@@ -46,9 +61,11 @@ def drained(batches: Any, number: int | None = None) -> None:
 
 def of_arrow(rounds: int) -> dict[str, list[float]]:
     data = arrow_rows()
-    plain = DataLoader(data.with_format("torch"), batch_size=BATCH, shuffle=True)
+    batched = DataLoader(data.with_format("torch"), batch_size=BATCH, shuffle=True)
+    single = DataLoader(RowByRow(data.with_format("torch")), batch_size=BATCH, shuffle=True)
     ways = {
-        "DataLoader": lambda: seconds(lambda: drained(plain, BATCHES)),
+        "DataLoader, row by row": lambda: seconds(lambda: drained(single, BATCHES)),
+        "DataLoader, batched": lambda: seconds(lambda: drained(batched, BATCHES)),
         "Loader": lambda: seconds(lambda: drained(iter(Loader(data, batch_size=BATCH)), BATCHES)),
     }
     return in_turns(ways, rounds)

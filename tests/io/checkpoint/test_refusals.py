@@ -1,6 +1,7 @@
 """Bad input is refused before anything is written, with the argument, what came and what was expected."""
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import TrainState, init_state, tree
-from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, Retention, Saver, checkpoints, load, save, verify
+from trainkit.io.checkpoint import (
+    CheckpointError,
+    CheckpointWarning,
+    Retention,
+    Saver,
+    checkpoints,
+    latest,
+    load,
+    save,
+    verify,
+)
 from trainkit.io.checkpoint.strict_json import encode
 from trainkit.optim import sgd
 

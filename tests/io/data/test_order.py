@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainkit.io.data.order import MATERIALISED_ROWS, RowOrder, epoch_order, permuted
+from trainkit.rng import fold_in, make_key
 
 SEEDS = st.integers(-(2**63), 2**64 - 1)
 
@@ -98,3 +99,12 @@ def test_few_rows_are_in_the_order_of_a_random_permutation() -> None:
 def test_what_is_out_of_range_is_refused(positions: list[int], num_rows: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         permuted(torch.tensor(positions), num_rows, seed=0, epoch=0)
+
+
+def test_the_order_of_an_epoch_is_that_of_a_generator_seeded_by_seed_and_epoch() -> None:
+    generator = torch.Generator().manual_seed(int(fold_in(make_key(7), 2)))
+    before = torch.get_rng_state()
+    assert torch.equal(epoch_order(100, seed=7, epoch=2), torch.randperm(100, generator=generator))
+    assert torch.equal(before, torch.get_rng_state())
+    orders = {tuple(epoch_order(50, seed=s, epoch=e).tolist()) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
