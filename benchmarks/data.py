@@ -1,8 +1,8 @@
 """``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader and beside the disk.
 
 - Rows of an arrow table (four columns of numbers) in shuffled batches of 32: ``Loader`` beside
-- Rows of an arrow table (four columns of numbers), shuffled, in batches of 32: ``Loader`` beside
-  row, and with the batched fetch that ``datasets`` offers to it.
+  ``torch.utils.data.DataLoader`` with its default collate, on the same ``datasets.Dataset`` in the format "torch": row
+  by row, and with the batched fetch that ``datasets`` offers to it.
 - The time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
 - Bytes per second over a whole file of tokens, beside reading the same bytes in pieces of the same size.
 
