@@ -19,14 +19,13 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.report import environment, in_turns, ratio, seconds
+from benchmarks.report import environment, in_turns, published, seconds
 from trainkit import TrainState, init_state
 from trainkit.io.checkpoint import Retention, Saver, load, save
 from trainkit.io.checkpoint.format import flatten_state
@@ -122,13 +121,7 @@ def main() -> None:
     ):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             times = in_turns(ways(state, Path(folder)), arguments.rounds)
-        report[part] = {name: median(values) for name, values in times.items()}
-        report[f"{part}_ratio"] = {f"{a} / {b}": ratio(times[a], times[b]) for a, b in pairs}
-        print(f"\n{part}, {arguments.mebibytes} MiB, median of {arguments.rounds}, in milliseconds")
-        for name, value in report[part].items():
-            print(f"  {name:24} {value * 1e3:9.1f}")
-        for name, found in report[f"{part}_ratio"].items():
-            print(f"  {name:30} {found['ratio']:.3f} ({found['lowest']:.3f}-{found['highest']:.3f})")
+        report |= published(part, times, pairs)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

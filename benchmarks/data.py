@@ -1,10 +1,10 @@
-"""``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader and beside the disk.
+"""``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader and beside reading a file.
 
 - Rows of an arrow table (four columns of numbers) in shuffled batches of 32: ``Loader`` beside
   ``torch.utils.data.DataLoader`` with its default collate, on the same ``datasets.Dataset`` in the format "torch": row
   by row, and with the batched fetch that ``datasets`` offers to it.
 - The time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
-- Bytes per second over a whole file of tokens, beside reading the same bytes in pieces of the same size.
+- A whole file of tokens, which the system has in memory, beside reading the same bytes in pieces of the same size.
 
 The ways take turns in every round; printed are medians and ratios.
 """
@@ -17,7 +17,6 @@ import tempfile
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from benchmarks.report import environment, in_turns, ratio, seconds
+from benchmarks.report import environment, in_turns, published, seconds
 from trainkit.io.data import Loader, TokenFile
+from trainkit.io.data.batching import WINDOW_ROWS
 
 ROWS, BATCH, BATCHES = 100_000, 32, 300
 SEQ_LEN, FILE_ROWS = 16, 33_000_000
@@ -80,16 +80,13 @@ def of_resuming(folder: Path, rounds: int) -> dict[str, list[float]]:
     def first(position: int) -> float:
         def resumed() -> None:
             loader = Loader(TokenFile(path, SEQ_LEN, dtype="uint8"), batch_size=BATCH)
-            windows, within = divmod(position, WINDOW // BATCH)
+            windows, within = divmod(position, WINDOW_ROWS // BATCH)
             loader.load_state_dict(fresh | {"batch": position, "total": position, "window": windows, "within": within})
             next(iter(loader))
 
         return seconds(resumed)
 
     return in_turns({f"batch {position}": partial(first, position) for position in POSITIONS}, rounds)
-
-
-WINDOW = 4096
 
 
 def of_reading(folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -121,14 +118,8 @@ def main() -> None:
         }
     report: dict[str, Any] = {"environment": environment("benchmarks.data"), "rounds": arguments.rounds}
     for part, times in parts.items():
-        (peer, of_peer), *others = times.items()
-        report[part] = {name: median(values) for name, values in times.items()}
-        report[f"{part}_ratio"] = {f"{name} / {peer}": ratio(values, of_peer) for name, values in others}
-        print(f"\n{part}, median of {arguments.rounds}, in milliseconds")
-        for way, value in report[part].items():
-            print(f"  {way:24} {value * 1e3:9.1f}")
-        for way, found in report[f"{part}_ratio"].items():
-            print(f"  {way:30} {found['ratio']:.3f} ({found['lowest']:.3f}-{found['highest']:.3f})")
+        peer, *others = times
+        report |= published(part, times, [(way, peer) for way in others])
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.loops import BY_DEPTH, LOOPS, PEER, Loop
 from benchmarks.models import SIZES
-from benchmarks.report import environment
+from benchmarks.report import environment, seconds
 
 TURNS = {"mlp": 200, "gpt-1m": 25, "gpt-10m": 10}
 STEPS_PER_TURN = 10
@@ -33,12 +32,6 @@ PARTS = 5
 ACROSS = "trainkit, compiled / hand, eager"
 WARM_UP = 5
 DEPTHS = (4, 8, 16)
-
-
-def timed(loop: Loop) -> float:
-    start = time.perf_counter()
-    loop.step()
-    return time.perf_counter() - start
 
 
 def peak_bytes(loop: Loop) -> int:
@@ -62,12 +55,12 @@ def peak_bytes(loop: Loop) -> int:
 def measure(size: str) -> dict[str, Any]:
     """All four loops of one size, in this process."""
     loops = {name: make(size) for name, make in LOOPS.items()}
-    first = {name: timed(loop) for name, loop in loops.items()}
+    first = {name: seconds(loop.step) for name, loop in loops.items()}
     losses = {name: [float(loop.step()) for _ in range(WARM_UP)] for name, loop in loops.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(TURNS[size]):
         for name, loop in loops.items():
-            times[name] += [timed(loop) for _ in range(STEPS_PER_TURN)]
+            times[name] += [seconds(loop.step) for _ in range(STEPS_PER_TURN)]
     memory = {name: peak_bytes(loop) for name, loop in loops.items()}
     medians = {name: median(values) for name, values in times.items()}
     pairs = {**{name: (name, peer) for name, peer in PEER.items()}, ACROSS: ("trainkit, compiled", "hand, eager")}
@@ -96,7 +89,7 @@ def ratio_range(times: list[float], of_peer: list[float]) -> tuple[float, float]
 def measure_depth(name: str, depth: int) -> dict[str, Any]:
     """The first call of one loop at one depth, in this process, with an empty compile cache."""
     loop = BY_DEPTH[name]("gpt-1m", depth)
-    return {"loop": name, "depth": depth, "first_call_seconds": timed(loop)}
+    return {"loop": name, "depth": depth, "first_call_seconds": seconds(loop.step)}
 
 
 def in_fresh_process(*arguments: str) -> Any:
@@ -117,12 +110,12 @@ def show(result: dict[str, Any]) -> None:
 
     print(f"\n{result['size']}  ({result['steps']} steps each, interleaved, {result['threads']} threads)")
     print(f"  {'loop':20} {'step ms':>9} {'ratio':>21} {'peak MiB':>9} {'ratio':>7} {'first call s':>13}")
-    for name, seconds in result["median_seconds"].items():
+    for name, step in result["median_seconds"].items():
         times = ratio(name) if name in PEER else ""
         memory = f"{result['memory_ratio'][name]:.3f}" if name in PEER else ""
         peak = result["peak_bytes"][name] / 2**20
         first = result["first_call_seconds"][name]
-        print(f"  {name:20} {seconds * 1e3:9.3f} {times:>21} {peak:9.2f} {memory:>7} {first:13.1f}")
+        print(f"  {name:20} {step * 1e3:9.3f} {times:>21} {peak:9.2f} {memory:>7} {first:13.1f}")
     print(f"  {ACROSS}: {ratio(ACROSS)}")
 
 

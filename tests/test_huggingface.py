@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from trainkit import init_state, make_train_step, run
@@ -11,7 +12,6 @@ from trainkit.execution import compile_step
 from trainkit.losses import huggingface_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm
 
-transformers = pytest.importorskip("transformers")
 VOCABULARY, STEPS = 31, 4
 
 

@@ -64,9 +64,8 @@ def value_and_grad(
             out = checked(part("loss", loss)(attached, state.buffers, batch))
             _check_attached(out.loss_sum)
             weight = weight_of(out)
-            upscale = None if scale is None else mean_scale(scale(state), weight)
+            upscale, factor = multipliers(state, out.loss_sum, weight, scale, mean)
             top = out.loss_sum if upscale is None else out.loss_sum * upscale
-            factor = inverse(weight.to(top.dtype)) if mean and upscale is None and _is_precise(top) else None
             found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
         if upscale is not None:
@@ -243,9 +242,10 @@ def sums(gradients: Gradients) -> Gradients:
 
 
 def weight_of(out: LossOutput) -> Tensor:
-    """The weight of a loss output as a detached 0-d float32 tensor beside the loss."""
+    """The weight of a loss output as a detached 0-d tensor beside the loss, in its own dtype and at least float32."""
     if isinstance(out.weight, Tensor):
-        return out.weight.detach().to(out.loss_sum.device, torch.float32)
+        dtype = torch.promote_types(out.weight.dtype, torch.float32)
+        return out.weight.detach().to(out.loss_sum.device, dtype)
     return torch.full((), float(out.weight), device=out.loss_sum.device)
 
 
@@ -259,6 +259,19 @@ def inverse(weight: Tensor) -> Tensor:
     return weight.reciprocal().nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)
 
 
+def multipliers(
+    state: TrainState, loss_sum: Tensor, weight: Tensor, scale: LossScale | None, mean: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the backward pass starts from in the place of 1, as ``value_and_grad`` says for ``scale`` and ``mean``.
+
+    Returns: (what the gradients are divided by afterwards, what they stay multiplied with); at most one is not None.
+    """
+    if scale is not None:
+        return mean_scale(scale(state), weight), None
+    precise = loss_sum.dtype in (torch.float32, torch.float64)
+    return None, inverse(weight.to(loss_sum.dtype)) if mean and precise else None
+
+
 def mean_scale(scale: Tensor, weight: Tensor) -> Tensor:
     """What ``loss_sum`` is multiplied with so that the mean loss is multiplied with ``scale``."""
     return scale / torch.where(weight > 0, weight, 1.0)
@@ -266,10 +279,6 @@ def mean_scale(scale: Tensor, weight: Tensor) -> Tensor:
 
 def _detached(metrics: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, metrics) if metrics else metrics
-
-
-def _is_precise(loss_sum: Tensor) -> bool:
-    return loss_sum.dtype in (torch.float32, torch.float64)
 
 
 def _check_attached(loss_sum: Tensor) -> None:

@@ -218,8 +218,8 @@ def test_leaves_its_inputs_as_they_were(cls: type[Optimizer], options: dict[str,
         before = tree.clone((grads, opt_state, params))
         first, second = (tx.apply(grads, opt_state, params) for _ in range(2))
         tx.apply(grads, first[1], first[0])
-        for now, then in zip((grads, opt_state, params), before, strict=True):
-            assert_same_bits(now, then)
+        for given, copy in zip((grads, opt_state, params), before, strict=True):
+            assert_same_bits(given, copy)
         for a, b in zip(first, second, strict=True):
             assert_same_bits(a, b)
 

@@ -35,8 +35,8 @@ def test_leaves_its_inputs_as_they_were(row: Row, options: Options) -> None:
     first = tx.apply(grads, opt_state, params)
     tx.update(grads, opt_state, params)
     second = tx.apply(grads, opt_state, params)
-    for now, then in zip((grads, opt_state, params), before, strict=True):
-        assert_same_bits(now, then)
+    for given, copy in zip((grads, opt_state, params), before, strict=True):
+        assert_same_bits(given, copy)
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
 

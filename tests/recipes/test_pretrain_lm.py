@@ -180,16 +180,18 @@ def test_a_dataset_folder_will_do(config: Config, monkeypatch: pytest.MonkeyPatc
     assert int(main(replace(config, data=None, dataset=str(folder))).step) == STEPS
 
 
-def results(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], list[str]]:
+Results = tuple[list[dict[str, float]], dict[str, torch.Tensor], list[str]]
+
+
+def results(config: Config) -> Results:
     """The log without its speed, the weights, and the names of the checkpoints."""
     rows = [{k: v for k, v in row.items() if k != "bytes_per_second"} for row in read_metrics(config)]
     names = sorted(path.name for path in (config.folder / "checkpoints").glob("checkpoint-*"))
     return rows, load_file(config.folder / "model.safetensors"), names
 
 
-def same(a: tuple[list[dict[str, float]], dict[str, torch.Tensor], list[str]], b: object) -> bool:
-    rows, weights, names = a
-    other_rows, other_weights, other_names = b  # type: ignore[misc]
+def same(a: Results, b: Results) -> bool:
+    (rows, weights, names), (other_rows, other_weights, other_names) = a, b
     equal = weights.keys() == other_weights.keys() and all(torch.equal(weights[k], other_weights[k]) for k in weights)
     return rows == other_rows and names == other_names and equal
 

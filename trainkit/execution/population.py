@@ -24,7 +24,7 @@ from trainkit.gradients import (
     checked,
     draws_of,
     finished,
-    mean_scale,
+    multipliers,
     unreached,
     weight_of,
 )
@@ -112,7 +112,7 @@ def member_value_and_grad(
         unused: as for ``value_and_grad``. Inside a graph a parameter that the loss does not use cannot be told from one
             whose gradient is zero, and "error" finds it outside only.
         scale: as for ``value_and_grad``.
-        mean: allows to divide in the backward pass; not made use of.
+        mean: as for ``value_and_grad``.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -136,23 +136,20 @@ def member_value_and_grad(
             if unused == "error" and not torch.compiler.is_compiling():
                 _check_used(out.loss_sum, names, attached)
             weight = weight_of(out)
-            factor = torch.ones_like(out.loss_sum) if scale is None else mean_scale(scale(state), weight)
+            upscale, factor = multipliers(state, out.loss_sum, weight, scale, mean)
+            start = upscale if factor is None else factor
             # TensorDicts do not pass through, their tensors do.
             buffers = state.buffers if out.buffers is None else out.buffers
-            return out.loss_sum * factor, (
-                out.loss_sum,
-                weight,
-                factor,
-                dict(out.metrics),
-                tree.leaves(buffers),
-            )
+            rest = out.loss_sum, weight, dict(out.metrics), tree.leaves(buffers)
+            return out.loss_sum if start is None else out.loss_sum * start, rest
 
         with draws_of(state, rank):
-            grads, (loss_sum, weight, factor, metrics, buffers) = torch.func.grad(top, has_aux=True)(params)
-        if scale is not None:
-            grads = [(g / factor).to(g.dtype) for g in grads]
+            grads, (loss_sum, weight, metrics, buffers) = torch.func.grad(top, has_aux=True)(params)
+        upscale, factor = multipliers(state, loss_sum, weight, scale, mean)
+        if upscale is not None:
+            grads = [(g / upscale).to(g.dtype) for g in grads]
         out = LossOutput(loss_sum, weight, metrics, tree.like(state.buffers, buffers))
-        return finished(state, out, weight, dict(zip(names, grads, strict=True)))
+        return finished(state, out, weight, dict(zip(names, grads, strict=True)), factor)
 
     return gradients
 

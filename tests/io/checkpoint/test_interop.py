@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from trainkit import init_state, make_train_step, run, write_to
@@ -27,8 +28,6 @@ from trainkit.io.checkpoint.model_files import export_model, read_model
 from trainkit.losses import huggingface_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm, from_torch, partition, sgd
 from trainkit.schedules import linear, warmup
-
-transformers = pytest.importorskip("transformers")
 
 VOCABULARY, ROWS, LENGTH, BATCH = 31, 40, 10, 4
 STEPS, STOP = 12, 7

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,13 +17,13 @@ from trainkit.io.data.collate import causal_lm_batch, masked_lm_batch, pad_batch
 from trainkit.io.data.loader import Loader
 from trainkit.io.data.ragged import Ragged, as_columns, as_ragged
 
-transformers = pytest.importorskip("transformers")
 PAD, CLS, SEP, MASK, VOCABULARY = 0, 1, 2, 3, 40
 sequences = st.lists(st.lists(st.integers(4, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=6)
 
 
 def tokenizer(side: str = "right") -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     words = {"[PAD]": PAD, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK}
     words |= {f"w{i}": i for i in range(len(words), VOCABULARY)}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
@@ -86,7 +87,8 @@ def test_columns_of_every_kind_are_read(column: Any) -> None:
 
 
 def test_columns_of_a_dataset_give_the_batch_of_its_rows() -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     data = datasets.Dataset.from_dict({"x": [[5, 6, 7], [8], [9, 9]], "label": [0, 1, 0]}).select([2, 0, 1])
     by_row = pad_batch([data[i] for i in range(2)], fill={"x": 0})
     for columns in (data[:2], data.with_format("arrow")[:2], data.with_format("numpy")[:2]):

@@ -83,7 +83,8 @@ def test_best_fit_wastes_little() -> None:
 
 
 def test_labels_are_laid_out_like_the_tokens_and_equal_those_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     docs = [[5, 6, 7], [8, 9], [4]]
     labels = [[-100, 6, 7], [-100, 9], [-100]]
     rows = pack_documents(docs, 6, labels=labels, method="concatenate")
@@ -134,7 +135,8 @@ def test_attention_by_borders_equals_attention_by_mask() -> None:
 
 
 def llama() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=51,
         hidden_size=16,
@@ -217,12 +219,14 @@ class Stateful(Readable):
 
 
 def hub_stream(docs: Documents) -> Any:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     return datasets.Dataset.from_dict({"input_ids": docs}).to_iterable_dataset(num_shards=2)
 
 
 def hub_rows(docs: Documents) -> Any:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     return datasets.Dataset.from_dict({"name": [str(i) for i in range(len(docs))], "input_ids": docs})
 
 

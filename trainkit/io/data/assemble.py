@@ -8,7 +8,7 @@ import random
 from collections import UserDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,11 @@ class Maker:
     seed: int
     rank: int
     world: int
+    with_position: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Asked once: looking at a signature costs as much as a small batch.
-        object.__setattr__(self, "_wants_position", wants_position(self.collate))
+        object.__setattr__(self, "with_position", wants_position(self.collate))
 
     def make(
         self, read: Callable[[], Any], rows: Sequence[int], start: Position, after: Position, *, empty: bool
@@ -114,7 +115,7 @@ class Maker:
 
     def _collated(self, values: Any, start: Position) -> Any:
         place = (start.epoch, start.batch) if self.world == 1 else (start.epoch, start.batch, self.rank)
-        given = {"position": place} if self._wants_position else {}  # type: ignore[attr-defined]
+        given = {"position": place} if self.with_position else {}
         batch = self.collate(values, **given)
         # What a tokenizer of transformers returns is a mapping that no tree function looks into.
         return dict(batch) if isinstance(batch, UserDict) else batch

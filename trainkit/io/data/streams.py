@@ -49,7 +49,7 @@ class IterableRows:
                 "iter() starts again, such as a class with __iter__ or datasets.IterableDataset.from_generator"
             )
         # What a foreign stream starts from; one of datasets is told so by None.
-        self._first = copy.deepcopy(rows.state_dict()) if self._has_state and not _is_hugging_face(rows) else None  # type: ignore[attr-defined]
+        self._first = None if not self._has_state or _is_hugging_face(rows) else self.state()
 
     def read(self, epoch: int, state: Any, num_read: int) -> Iterator[Any]:
         if hasattr(self._rows, "set_epoch"):
