@@ -1,4 +1,4 @@
-"""A GPT: the model that the language recipes train.
+"""A GPT: the model that the language recipes train, and its loss.
 
 Shapes: B batch, T position, V vocabulary, D width, H heads, E width of a head.
 """
@@ -6,11 +6,16 @@ Shapes: B batch, T position, V vocabulary, D width, H heads, E width of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from trainkit import LossOutput
+from trainkit.losses import causal_lm
+from trainkit.metrics import BitsPerByte
 
 
 class GPT(nn.Module):
@@ -123,3 +128,10 @@ def sample(module: nn.Module, prompt: Tensor, *, context: int, temperature: floa
         drawn = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
         tokens = torch.cat([tokens, drawn])
         yield int(drawn)
+
+
+def next_byte(logits: Tensor, targets: Tensor) -> LossOutput:
+    """Cross entropy of the next byte, reported in bits as well."""
+    out = causal_lm(logits, targets, shift=False)
+    bits = BitsPerByte(out.loss_sum, torch.as_tensor(out.weight))
+    return replace(out, metrics={**out.metrics, "bits_per_byte": bits})

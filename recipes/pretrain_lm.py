@@ -16,7 +16,7 @@ import itertools
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,8 +26,8 @@ from safetensors.torch import save_model
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.gpt import GPT, sample
-from trainkit import LossOutput, TrainState, evaluate, init_state, make_eval_step, make_train_step, run
+from recipes.gpt import GPT, next_byte, sample
+from trainkit import TrainState, evaluate, init_state, make_eval_step, make_train_step, run
 from trainkit.execution import compile_step
 from trainkit.io.checkpoint import Saver, load_latest
 from trainkit.io.cli import parse
@@ -35,8 +35,7 @@ from trainkit.io.data import Loader
 from trainkit.io.data.text import SEPARATOR, pack, split_by_name, text_documents
 from trainkit.io.runlog import JsonLines, MetricWindow, describe_folder, plot_curves, read_jsonl
 from trainkit.io.signals import EXIT_PREEMPTED, stop_on
-from trainkit.losses import causal_lm, module_loss
-from trainkit.metrics import BitsPerByte
+from trainkit.losses import module_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm
 from trainkit.schedules import cosine, warmup
 from trainkit.state import num_parameters, write_to
@@ -112,10 +111,10 @@ def main(config: Config) -> TrainState:
     # Data: documents are split whole, then packed into rows of seq_len inputs and their targets.
     parts = split_by_name(text_documents(config.data, config.dataset), config.validation_share)
     training, validation = (pack(part, config.seq_len) for part in parts)
-    made = partial(Loader, training, collate=Tensor.long, drop_last=True, device=device)
-    loader = made(batch_size=config.batch_size, seed=config.seed, batches=config.steps)
-    spacing = math.ceil(len(validation) / config.eval_rows)
-    validation_batches = torch.split(validation[::spacing].to(device, torch.int64), config.batch_size)
+    order = partial(Loader, batch_size=config.batch_size, seed=config.seed, batches=config.steps, drop_last=True)
+    loader = order(training, collate=Tensor.long, device=device)
+    chosen = validation[:: math.ceil(len(validation) / config.eval_rows)].to(device, torch.int64)
+    validation_batches = torch.split(chosen, config.batch_size)
 
     # Model: tokens are bytes. The loss is a function of the state's tensors, not of the module's.
     torch.manual_seed(config.seed)
@@ -133,19 +132,24 @@ def main(config: Config) -> TrainState:
     step = compile_step(make_train_step(loss, optimizer, accumulate=config.accumulate), strategy=config.strategy)
     print(f"{num_parameters(state.params):,} parameters on {device}, {training[:, 1:].numel():,} bytes to train on")
 
-    # Checkpoint: the state, the position of the data, and the metrics that are not in the log yet.
+    # Checkpoint: the state, the position of the data, and what is not in the log yet.
     checkpoints = config.folder / "checkpoints"
     found = load_latest(checkpoints, like=state) if config.resume else None
-    first, window = 0, MetricWindow()
-    if found is not None:
-        state, first, window = found.state, found.step, MetricWindow(found.metadata)
+    saver = Saver(checkpoints, resumed_from=found.path if found else None, overwrite=not config.resume)
+    first, window, spent = 0, MetricWindow(), 0.0
+    if found is None:
+        # Before the log of an earlier run goes, so that whatever ends now goes on as this run and not as that one.
+        saver.save(state, cursor=loader.state_dict(), metadata=[{}, 0.0])
+        saver.wait()
+    else:
+        state, first, (merged, spent) = found.state, found.step, found.metadata
+        window = MetricWindow(merged)
         loader.load_state_dict(found.cursor)
         print(f"resumed from {found.path} at step {first}")
-    saver = Saver(checkpoints, resumed_from=found.path if found else None, overwrite=not config.resume)
-    log = JsonLines(config.folder / "metrics.jsonl", until=first if config.resume else None)
+    log = JsonLines(config.folder / "metrics.jsonl", until=first)
 
     # Loop: a record comes after every update; what to do with it is written here.
-    since = time.perf_counter()
+    since = time.perf_counter() - spent
     with saver, log, stop_on() as stop, tqdm(initial=first, total=config.steps, unit="step") as bar:
         for record in run(step, state, loader):
             state, is_last = record.state, record.step == config.steps
@@ -170,7 +174,8 @@ def main(config: Config) -> TrainState:
                 since += time.perf_counter() - before
             if record.step % config.save_every == 0 or is_last or stop:
                 log.sync()
-                saver.save(state, cursor=loader.state_dict(), metadata=window.state_dict())
+                not_logged = [window.state_dict(), time.perf_counter() - since]
+                saver.save(state, cursor=loader.state_dict(), metadata=not_logged)
             if stop and not is_last:
                 sys.exit(EXIT_PREEMPTED)
 
@@ -178,22 +183,13 @@ def main(config: Config) -> TrainState:
     write_to(module, state)
     save_model(module, str(config.folder / "model.safetensors"))
     curves = {"bits_per_byte": "training", "validation_bits_per_byte": "validation"}
-    plot_curves(
-        read_jsonl(config.folder / "metrics.jsonl"), config.folder / "loss.png", curves, y_label="bits per byte"
-    )
+    rows = read_jsonl(config.folder / "metrics.jsonl")
+    plot_curves(rows, config.folder / "loss.png", curves, y_label="bits per byte")
     prompt = torch.tensor(list(SEPARATOR), device=device)
     written = sample(module, prompt, context=config.seq_len, temperature=0.8, seed=config.seed)
     print(bytes(itertools.islice(written, config.sample_bytes)).decode(errors="replace"), end="\n\n")
     print(describe_folder(config.folder, RESULTS))
     return state
-
-
-def next_byte(logits: Tensor, targets: Tensor) -> LossOutput:
-    """Cross entropy of the next byte, reported in bits as well."""
-    out = causal_lm(logits, targets, shift=False)
-    return replace(
-        out, metrics={**out.metrics, "bits_per_byte": BitsPerByte(out.loss_sum, torch.as_tensor(out.weight))}
-    )
 
 
 if __name__ == "__main__":

@@ -306,3 +306,13 @@ def test_traces_in_one_piece(way: str) -> None:
         found = torch.compile(grads, fullgraph=True, backend="eager")(state, batch)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad)
+
+
+def test_a_hook_that_a_loss_sets_is_for_one_call() -> None:
+    def loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
+        params["weight"].register_hook(lambda grad: grad * 2)
+        return LossOutput((params["weight"] * x).sum(), len(x))
+
+    state = init_state(nn.Linear(2, 1, bias=False), sgd(0.1))
+    for _ in range(3):
+        assert value_and_grad(loss)(state, torch.ones(3, 2)).grads["weight"].tolist() == [[6.0, 6.0]]

@@ -1,5 +1,6 @@
 """TrainState: what goes where, how it is replaced, and what the host knows of it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from trainkit import LossOutput, TrainState, init_state, make_train_step, write_to
+from trainkit.execution import compile_step
+from trainkit.losses import module_loss
 from trainkit.optim import adamw, sgd
 from trainkit.rng import fold_in_host
 from trainkit.state import advance, attached_params, host_step, num_parameters, seed_of, spend
@@ -78,7 +81,7 @@ def test_the_host_knows_the_step_of_states_that_follow_one_it_knows() -> None:
     state = init_state(nn.Linear(2, 1), sgd(0.1))
     assert host_step(state) == 0
     after = advance(advance(state))
-    assert (int(after.step), after.__dict__["_host_step"], int(state.step)) == (2, 2, 0)
+    assert (int(after.step), after.__dict__["_host_step"][-1], int(state.step)) == (2, 2, 0)
     # What is replaced is looked at again.
     assert host_step(after.replace(step=torch.tensor(7))) == 7
 
@@ -120,3 +123,23 @@ def test_frozen_parameters_are_used_and_not_trained(strategy: str) -> None:
     after, _ = make_train_step(loss, adamw(0.1))(state, torch.ones(3, 2))
     assert torch.equal(after.buffers["0.weight"], before)
     assert not torch.equal(after.params["1.weight"], state.params["1.weight"])
+
+
+def test_a_step_that_is_written_into_is_read_again() -> None:
+    state = init_state(nn.Linear(1, 1), sgd(0.1))
+    assert host_step(state) == 0
+    state.step.fill_(5)
+    assert host_step(state) == 5
+
+
+def test_a_copy_remembers_nothing_of_the_tensors_it_does_not_have() -> None:
+    layer, x = nn.Linear(2, 1), torch.ones(3, 2)
+    loss = module_loss(layer, lambda out, y: LossOutput(out.sum(), 3), inputs=lambda b: b, targets=lambda b: b)
+    step = compile_step(make_train_step(loss, sgd(0.1)), strategy="eager")
+    state, _ = step(init_state(layer, sgd(0.1)), x)
+    again = copy.deepcopy(state)
+    memory = again.params["weight"].data_ptr()
+    before = state.params["weight"].clone()
+    after, _ = step(again, x)
+    assert after.params["weight"].data_ptr() == memory
+    assert torch.equal(state.params["weight"], before)

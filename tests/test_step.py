@@ -209,3 +209,27 @@ def test_functional_and_module_give_the_same_loss_afterwards() -> None:
     logits, _ = model(last.state.params, last.state.buffers, batches()[0][0])
     module.load_state_dict({**last.state.params, **last.state.buffers})
     assert torch.equal(logits, module(batches()[0][0]))
+
+
+def test_gradients_that_are_parts_of_others_are_scaled_once() -> None:
+    """The gradient of what is joined is a view of the gradient of the whole."""
+
+    def loss(params: Any, buffers: Any, c: torch.Tensor) -> LossOutput:
+        whole = torch.cat([torch.zeros(2), params["b"]]) + params["a"]
+        return LossOutput((whole * c[0]).sum(), len(c))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2))
+
+    c = torch.arange(1.0, 5.0)
+    batch = torch.stack([c] * 4)
+    for step in (apply_updates(value_and_grad(loss), sgd(1.0)), make_train_step(loss, sgd(1.0))):
+        after, _ = step(init_state(Two(), sgd(1.0)), batch)
+        torch.testing.assert_close(after.params["a"], -c / 4)
+        torch.testing.assert_close(after.params["b"], -c[2:] / 4)
+    tx = chain(clip_by_global_norm(1.0), sgd(1.0))
+    after, _ = make_train_step(loss, tx)(init_state(Two(), tx), batch)
+    norm = torch.cat([c, c[2:]]).norm() / 4
+    torch.testing.assert_close(after.params["a"], -c / 4 / norm, rtol=1e-5, atol=1e-6)

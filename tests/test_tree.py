@@ -226,3 +226,19 @@ def test_under_vmap_and_in_a_graph_results_are_the_same() -> None:
     torch.testing.assert_close(torch.vmap(norm_of_doubled)(rows), expected)
     compiled = torch.compile(norm_of_doubled, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(rows[0]), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "apart"),
+    [
+        (lambda t: [t, torch.zeros(9)], True),
+        (lambda t: [t[:4], t[4:]], True),
+        (lambda t: [t, t[1:]], False),
+        (lambda t: [t[3:], t], False),
+        (lambda t: [t.view(3, 3)[:, 0], t[4:5]], False),
+        (lambda t: [t[:0], t[:0], t], True),
+    ],
+    ids=["others", "halves", "shifted", "shifted, first", "within a gap", "empty"],
+)
+def test_tensors_are_apart_if_no_bytes_are_shared(make: Callable[[torch.Tensor], Any], apart: bool) -> None:
+    assert tree.are_apart(make(torch.zeros(9))) is apart

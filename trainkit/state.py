@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,10 @@ class TrainState:
         """A new state with some fields exchanged; the rest is shared."""
         return dataclasses.replace(self, **changes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has tensors of its own, of which nothing that is kept beside the fields would be true.
+        return {name: value for name, value in self.__dict__.items() if name in TrainState.__dataclass_fields__}
+
     def __getattr__(self, name: str) -> Any:
         # Reached only for attributes that are missing, which for a field means that `spend` removed it.
         if name in TrainState.__dataclass_fields__:
@@ -76,11 +81,16 @@ def host_step(state: TrainState) -> int:
     Waits for the device the first time; states made by :func:`advance` remember the number, so that a loop
     on an accelerator never waits. Of a population it is that of the furthest member.
     """
-    cached = state.__dict__.get("_host_step")
-    if cached is None:
-        cached = int(state.step.max())
-        state.__dict__["_host_step"] = cached
-    return int(cached)
+    step: int = _read_once(state, "_host_step", state.step, lambda step: int(step.max()))
+    return step
+
+
+def _read_once(state: TrainState, name: str, tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """What ``read`` says of a tensor, kept with the state for as long as nobody writes into that tensor."""
+    kept = state.__dict__.get(name)
+    if kept is None or kept[0] is not tensor or kept[1] != tensor._version:
+        kept = state.__dict__[name] = (tensor, tensor._version, read(tensor))
+    return kept[2]
 
 
 def advance(state: TrainState, **changes: Any) -> TrainState:
@@ -96,9 +106,9 @@ def remember_step(before: TrainState, after: TrainState, updates: int = 1) -> No
 
     What is known of the key is handed on too.
     """
-    cached = before.__dict__.get("_host_step")
-    if cached is not None:
-        after.__dict__["_host_step"] = cached + updates
+    kept = before.__dict__.get("_host_step")
+    if kept is not None:
+        after.__dict__["_host_step"] = (after.step, after.step._version, kept[2] + updates)
     if "_host_key" in before.__dict__:
         after.__dict__["_host_key"] = before.__dict__["_host_key"]
 
@@ -114,28 +124,18 @@ def seed_of(state: TrainState, rank: int = 0) -> int:
         >>> seed_of(state) == int(rng.fold_in(state.key, state.step, 0))
         True
     """
-    return rng.fold_in_host(*_host_key(state), host_step(state), rank)
-
-
-def _host_key(state: TrainState) -> tuple[int, ...]:
-    """The numbers of ``state.key``, read once for as long as nobody writes into that tensor."""
-    kept = state.__dict__.get("_host_key")
-    if kept is not None and kept[0] is state.key and kept[1] == state.key._version:
-        numbers: tuple[int, ...] = kept[2]
-        return numbers
-    numbers = tuple(state.key.reshape(-1).tolist())
-    state.__dict__["_host_key"] = (state.key, state.key._version, numbers)
-    return numbers
+    keys = _read_once(state, "_host_key", state.key, lambda key: key.reshape(-1).tolist())
+    return rng.fold_in_host(*keys, host_step(state), rank)
 
 
 def attached_params(state: TrainState) -> Params:
     """The parameters as leaves of a new autograd graph: the same memory, requiring gradients.
 
     Kept with the state, since making them costs 1 microsecond per parameter and a step in place has the same ones
-    again.
+    again. Not once a loss has put a hook on one, which would otherwise run in later steps too.
     """
     kept = None if torch.compiler.is_compiling() else state.__dict__.get("_attached")
-    if kept is None:
+    if kept is None or any(t._backward_hooks for t in tree.leaves(kept)):
         kept = tree.like(state.params, [t.detach().requires_grad_() for t in tree.leaves(state.params)])
         if not torch.compiler.is_compiling():
             state.__dict__["_attached"] = kept

@@ -7,6 +7,7 @@ one text serves the pure call and the call that needs no second set of buffers.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -271,17 +272,24 @@ def release(tree: TensorDict) -> None:
 
 
 def are_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two tensors begin at the same place in memory, so that each can be written over alone.
+    """Whether no two tensors overlap in memory, from the first to the last byte of each, so that each can be written
+    over alone.
 
     Example:
-        >>> w = torch.zeros(2)
-        >>> are_apart([w, torch.zeros(2)]), are_apart([w, w.view(2, 1)])
-        (True, False)
+        >>> w = torch.zeros(4)
+        >>> are_apart([w, torch.zeros(2)]), are_apart([w, w[1:]]), are_apart([w[:2], w[2:]])
+        (True, False, True)
     """
-    if len(set(map(Tensor.data_ptr, tensors))) == len(tensors):
-        return True
-    places = [place for t in tensors if (place := address(t))]
-    return len(set(places)) == len(places)
+    spans = sorted([(start, start + _extent(t)) for t in tensors if (start := address(t))])
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    own: Tensor = getattr(tensor, "_local_tensor", tensor)
+    if own.is_contiguous():
+        return own.nbytes
+    return (1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))) * own.itemsize
 
 
 def address(tensor: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Calling the compiler: many steps in one process, and what is left out of a graph."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,3 +79,22 @@ def test_tracing_puts_the_settings_back(raised: bool) -> None:
     except KeyError:
         pass
     assert (config.trace_autograd_ops, config.ignore_logging_functions) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("L['structure']._children[0]", False),
+        ("list(dict.keys(G['__import_torch_dot_utils_dot__pytree'].SUPPORTED_NODES))[0]", False),
+        ("G['__import_trainkit_dot_tree'].frozen", False),
+        ("G['__import_tensordict_dot__td'].TensorDict", False),
+        ("L['step'].__closure__[0].cell_contents", True),
+        ("G['__import_trainkit_dot_optim_dot_adam'].torch_adam", True),
+        ("G['__import_trainkit_extra'].SCALE", True),
+        ("G['__import_dataclasses_json'].FLAG", True),
+        ("L['leaves'][0]", True),
+    ],
+)
+def test_guards_are_kept_on_all_that_may_change(name: str, kept: bool) -> None:
+    guard = SimpleNamespace(orig_guard=SimpleNamespace(name=name))
+    assert inductor._needed_guards([guard]) == [kept]

@@ -26,7 +26,8 @@ from trainkit.execution.activation import remat
 from trainkit.execution.population import member_value_and_grad, over_population, stack_states, unstack_states
 from trainkit.losses import classification, module_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm, sgd
-from trainkit.state import seed_of
+from trainkit.state import host_step, seed_of
+from trainkit.transforms import scan
 
 MEMBERS = 3
 
@@ -178,3 +179,13 @@ def test_what_vmap_cannot_batch_runs_member_by_member_and_says_so() -> None:
     assert any("batching rule for aten::_scaled_dot_product" in str(warning.message) for warning in caught)
     for member, state in zip(unstack_states(found), states, strict=True):
         assert_close(member, make_train_step(attention, tx)(state, x)[0])
+
+
+def test_several_updates_per_call_are_remembered_as_such() -> None:
+    tx = sgd(0.1)
+    loss = lambda params, buffers, x: LossOutput((params["weight"] * x).sum(), x.shape[0])  # noqa: E731
+    step = over_population(scan(make_train_step(loss, tx, gradients=member_value_and_grad), 3))
+    state = stack_states([init_state(nn.Linear(2, 1, bias=False), tx, seed=seed) for seed in (1, 2)])
+    for calls in (1, 2):
+        state, _ = step(state, torch.ones(3, 4, 2))
+        assert (state.step.tolist(), host_step(state)) == ([3 * calls] * 2, 3 * calls)

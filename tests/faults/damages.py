@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from itertools import permutations
+from itertools import count, permutations
 from pathlib import Path
 from random import Random
 
@@ -36,8 +37,10 @@ def corrupt(
     table = [(file, kind, False) for kind in KINDS for file in files]
     # The file that is put in all places is right in its own.
     table += [(file, kind, True) for kind in KINDS if kind != "exchange" for file in files]
+    stride = next(n for n in count(5) if math.gcd(n, len(table)) == 1)
     for i in range(number) if only is None else [only]:
-        file, kind, everywhere = table[i % len(table)]
+        # In strides, so that a few go through all kinds; the stride has no factor in common with the table's length.
+        file, kind, everywhere = table[i * stride % len(table)]
         random = Random(f"corrupt {case.name} {seed} {i}")
         tree = dict(whole)
         for folder in folders if everywhere else folders[-1:]:

@@ -6,7 +6,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from trainkit.io.runlog import JsonLines, describe_folder, plot_curves, read_jsonl
+from trainkit.io.runlog import JsonLines, MetricWindow, describe_folder, plot_curves, read_jsonl
+from trainkit.metrics import Mean
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -84,3 +85,37 @@ def test_a_folder_is_described_file_by_file(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_not_described(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a\.bin"):
         describe_folder(tmp_path, {"a.bin": "weights"})
+
+
+def test_a_resumed_run_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with JsonLines(path) as log:
+        for step in (1, 2, 3):
+            log.write(step=step)
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    with JsonLines(path, until=2) as log:
+        log.write(step=3, again=True)
+        log.sync()
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    with JsonLines(tmp_path / "new.jsonl", until=7) as log:
+        log.write(step=8)
+    assert read_jsonl(tmp_path / "new.jsonl") == [{"step": 8}]
+
+
+def test_a_window_goes_on_exactly_and_misses_what_does_not_come_again() -> None:
+    def mean(total: float, dtype: torch.dtype) -> Mean:
+        return Mean(torch.tensor(total, dtype=dtype), torch.tensor(3))
+
+    whole, first = MetricWindow(), MetricWindow()
+    for window in (whole, first):
+        window.add({"a": mean(0.1, torch.float32), "b": mean(1 / 3, torch.float64)})
+    resumed = MetricWindow(json.loads(json.dumps(first.state_dict())))
+    assert resumed.state_dict() == first.state_dict()
+    for window in (whole, resumed):
+        window.add({"a": mean(0.7, torch.float32), "b": mean(1 / 7, torch.float64)})
+    assert resumed.read() == whole.read()
+    missing = MetricWindow(first.state_dict())
+    missing.add({"a": mean(0.1, torch.float32)})
+    with pytest.raises(ValueError, match=r"metrics: \['b'\] of the saved window did not come again"):
+        missing.read()

@@ -44,7 +44,7 @@ def test_the_signals_of_choice_and_only_the_first_is_kept() -> None:
         assert not stop
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.requested
+        assert stop
         assert stop.signal is signal.SIGUSR2
 
 
@@ -77,3 +77,13 @@ def test_only_the_main_thread_may_ask() -> None:
     thread.start()
     thread.join()
     assert "outside of the main thread" in str(errors[0])
+
+
+def test_a_signal_that_is_named_twice_is_handled_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on(signal.SIGTERM, signal.SIGTERM):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(OSError, match="Invalid argument"), stop_on(signal.SIGTERM, signal.SIGKILL):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before

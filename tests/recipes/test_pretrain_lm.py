@@ -228,6 +228,25 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(config: Config, mon
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+def test_what_ends_before_its_first_save_is_not_taken_for_the_run_before(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(replace(config, seed=1))
+    whole = replace(config, folder=config.folder.parent / "whole")
+    main(whole)
+
+    def interrupted(step: object, state: object, batches: object) -> Iterator[Record]:
+        yield next(run(step, state, batches))  # type: ignore[arg-type]
+        raise Interrupted
+
+    monkeypatch.setattr(pretrain_lm, "run", interrupted)
+    with pytest.raises(Interrupted):
+        main(config)
+    monkeypatch.setattr(pretrain_lm, "run", run)
+    main(replace(config, resume=True))
+    assert same(results(config), results(whole))
+
+
 PROGRAM = """
 import json, pathlib, sys
 from recipes.pretrain_lm import Config, main
@@ -251,7 +270,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_its_own_exit_code(config: C
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == EXIT_PREEMPTED
-    (saved,) = (config.folder / "checkpoints").glob("checkpoint-*")
+    first, saved = sorted((config.folder / "checkpoints").glob("checkpoint-*"), key=lambda path: len(path.name))
+    assert first.name == "checkpoint-0"
     assert 20 < int(saved.name.split("-")[1]) < 400
     main(replace(config, resume=True))
     (rows, weights, _), (other_rows, other_weights, _) = results(config), results(whole)

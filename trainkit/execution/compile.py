@@ -238,6 +238,7 @@ class CompiledStep:
             text = _whole_text(self._step, structure.spec, batch_spec, self._donate)
             compiled = inductor.TracingCall(self._compiler.compile(text, fullgraph=True))
             self._whole[kind] = compiled
+        before = host_step(state)
         with rng.seeded(seed_of(state, self._rank), state.step.device):
             new_leaves, metrics = compiled(leaves, batch_leaves)
         if self._donate:
@@ -245,13 +246,13 @@ class CompiledStep:
             _inherit(state, after, "_leaves", "_apart", "_structure")
         else:
             after = _locked(pytree.tree_unflatten(new_leaves, structure.spec))
-        remember_step(state, after, self._updates_per_call(state, after))
+        remember_step(state, after, self._updates_per_call(before, after))
         return after, metrics
 
-    def _updates_per_call(self, state: TrainState, after: TrainState) -> int:
+    def _updates_per_call(self, before: int, after: TrainState) -> int:
         """How far one call advances ``step`` (several updates for ``scan``): asked of the device once."""
         if self._updates is None:
-            self._updates = int(after.step.max()) - host_step(state)
+            self._updates = int(after.step.max()) - before
         return self._updates
 
     # -- split ---------------------------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ def _needed_guards(guards: Sequence[Any]) -> list[bool]:
 
 
 _CONSTANT = re.compile(
-    r"[^']*(L\['(structure|batch_spec|spec)'\]|G\['__import_(torch_dot_utils_dot__pytree|trainkit|tensordict|dataclasses))"
+    r"[^']*(L\['(structure|batch_spec|spec)'\]"
+    r"|G\['__import_(torch_dot_utils_dot__pytree|trainkit_dot_(state|tree)|dataclasses|tensordict(_dot_\w+)?)'\])"
 )
 
 

@@ -29,7 +29,7 @@ from trainkit.gradients import (
     weight_of,
 )
 from trainkit.parts import part, run_parts_with
-from trainkit.state import TrainState, remember_step, seed_of
+from trainkit.state import TrainState, host_step, remember_step, seed_of
 from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput, Metrics, StepFn
 
 
@@ -81,18 +81,24 @@ def over_population(step: StepFn, *, batch_dim: int | None = None, rank: int = 0
         found: tuple[list[Tensor], Metrics] = torch.vmap(one, (0, batch_dim), randomness="different")(leaves, batch)
         return found
 
+    # How far one call advances the step (several updates for ``scan``): asked of the device once.
+    updates: int | None = None
+
     def population(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_stacked(state)
         leaves, structure = pytree.tree_flatten(state)
         if torch.compiler.is_compiling():
             new, metrics = members(leaves, structure, batch)
             return pytree.tree_unflatten(new, structure), metrics
-        whole = part("loss", members)
+        whole, before = part("loss", members), host_step(state)
         # Parts compiled apart cannot be called from inside of vmap: the population is one part.
         with rng.seeded(seed_of(state, rank), state.step.device), run_parts_with(lambda name, fn: fn), _explained():
             new, metrics = whole(leaves, structure, batch)
         after = _state_of(new, structure)
-        remember_step(state, after)
+        nonlocal updates
+        if updates is None:
+            updates = host_step(after) - before
+        remember_step(state, after, updates)
         return after, metrics
 
     return population

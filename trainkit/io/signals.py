@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 EXIT_PREEMPTED = 75
 """The exit code of a program that saved and stopped because it was asked to: EX_TEMPFAIL of ``sysexits.h``, "try again
@@ -23,12 +24,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
-    @property
-    def requested(self) -> bool:
-        return self.signal is not None
-
     def __bool__(self) -> bool:
-        return self.requested
+        return self.signal is not None
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         # Later ones change nothing: schedulers repeat them, and the save that the first one led to must go on.
@@ -40,8 +37,8 @@ class StopRequest:
 def stop_on(*signals: signal.Signals) -> Iterator[StopRequest]:
     """A scope in which these signals ask the run to end in place of ending it.
 
-    The loop looks at the request after every step (and every batch of an evaluation), saves, and leaves. While a step
-    computes or compiles, or a checkpoint is written, the signal waits for that to end. The handlers that were there
+    The loop looks at the request after every step, saves, and leaves. While a step computes or compiles, an evaluation
+    runs, or a checkpoint is written, the request waits for that to end. The handlers that were there
     before come back at the end of the scope.
 
     Args:
@@ -65,8 +62,10 @@ def stop_on(*signals: signal.Signals) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("stop_on: called outside of the main thread, where Python handles no signals")
     request = StopRequest()
-    before = {each: signal.signal(each, request._record) for each in signals or (signal.SIGTERM,)}
+    before: dict[signal.Signals, Any] = {}
     try:
+        for each in dict.fromkeys(signals or (signal.SIGTERM,)):
+            before[each] = signal.signal(each, request._record)
         yield request
     finally:
         for each, handler in before.items():

@@ -1,5 +1,7 @@
 """One writer per folder, with real processes."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -7,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from trainkit import TrainState
-from trainkit.io.checkpoint import CheckpointError, Lock, Saver, checkpoints, save
+from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, Lock, Saver, checkpoints, save, verify
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -136,3 +139,24 @@ def test_the_lock_goes_with_its_object(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     del lock
     Lock(tmp_path).release()
+
+
+def test_threads_that_save_into_one_folder_take_turns(tmp_path: Path, make_state: Make) -> None:
+    states = [make_state(step) for step in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda state: save(tmp_path, state, run_id="run"), states))
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in range(8)]
+    assert [verify(path).step for path in paths] == list(range(8))
+    Lock(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_said_and_does(
+    tmp_path: Path, make_state: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for step in (1, 2):
+        with pytest.warns(CheckpointWarning, match="has no locks"):
+            verify(save(tmp_path, make_state(step)))

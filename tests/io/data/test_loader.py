@@ -277,6 +277,8 @@ def test_an_epoch_at_a_time_and_a_number_of_batches() -> None:
     assert drain(iter(counted)) == expected[:5]
     assert drain(iter(counted)) == []
     assert counted.num_taken == 5
+    for loader in (Loader(list(range(7)), batch_size=3, batches=5), Loader(Counted(7), batch_size=3, batches=5)):
+        assert [len(loader), *(len(loader) for _ in loader), len(loader)] == [5, 4, 3, 2, 1, 0, 0]
     with pytest.raises(TypeError, match="len: a stream"):
         len(Loader(Counted(3), batch_size=1))
 
@@ -386,6 +388,9 @@ def test_tensors_of_any_size_and_dtype_come_from_workers(workers: int) -> None:
             "half": torch.full((2,), float(rows[0]), dtype=torch.bfloat16),
             "nested": (torch.tensor(rows), torch.zeros(0)),
             "empty": torch.zeros(0, 3),
+            "conjugated": torch.tensor([1 + 2j]).conj(),
+            "negated": torch.tensor([1 + 2j]).conj().imag,
+            "large and conjugated": torch.full((400, 400), 1 + 2j).conj(),
         }
 
     batches = list(Loader(list(range(4)), batch_size=2, shuffle=False, collate=collate, workers=workers))

@@ -122,8 +122,26 @@ def test_the_traceback_of_a_worker_is_told() -> None:
 def test_an_error_in_a_stream_says_in_which_batch(workers: int) -> None:
     batches = iter(Loader(Endless(raising(ValueError("bad"))), batch_size=3, shuffle=False, workers=workers))
     next(batches), next(batches)
-    with pytest.raises(ValueError, match=r"bad \(batch 2 \(epoch 0, batch 2 of it\)"):
+    told = r"bad \(dataset index 7, in window 2 of epoch 0, from row 6 on; before batch 2 \(epoch 0, batch 2 of it\)"
+    with pytest.raises(ValueError, match=told):
         next(batches)
+
+
+def test_an_error_in_a_window_of_a_stream_names_its_row() -> None:
+    def length(row: int) -> int:
+        if row == 5:
+            raise KeyError("no length")
+        return 1
+
+    for loader, row, told in (
+        (Loader(Endless(raising(ValueError("bad"))), batch_size=2, window=4), 7, "bad"),
+        (Loader(Endless(lambda: None), max_tokens=2, window=4, lengths=length), 5, "no length"),
+    ):
+        batches = iter(loader)
+        next(batches), next(batches)
+        place = rf"{told} \(dataset index {row}, in window 1 of epoch 0, from row 4 on; before batch 2"
+        with pytest.raises((ValueError, KeyError), match=place):
+            next(batches)
 
 
 def kill_self() -> None:

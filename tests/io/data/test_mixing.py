@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
 
 from trainkit.io.data.errors import BatchError
 from trainkit.io.data.loader import Loader
@@ -114,12 +116,75 @@ def test_a_mixture_can_be_grouped_by_length() -> None:
         ([[1], [2]], [1, 0], "expected a positive number for each"),
         ([[1], [2]], [1, float("nan")], "expected a positive number for each"),
         ([[1], [2]], [1, 1e-9], "at least 1 / 10000"),
+        ([[1], [2], [3]], [0.3, 0.3, 1e-9], "at least 1 / 10000"),
+        ([[1], [2], [3]], [1, 1, 1e-5], "at least 1 / 10000"),
         ({"a": [1]}, {"b": 1}, "got \\['b'\\] for the sources \\['a'\\]"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(sources: Any, weights: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         mix(sources, weights)
+
+
+def test_only_the_ratio_of_weights_counts() -> None:
+    for weights in ([3, 1], [0.75, 0.25], [3e-12, 1e-12], [3e200, 1e200]):
+        described = mix([[1], [2]], weights).describe()
+        assert described["counts"] == [3, 1]
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+def test_a_mixture_in_a_mixture_keeps_its_weights(rows: int | None) -> None:
+    def nested(inner: list[int]) -> Any:
+        within = mix({"a": torch.arange(100), "b": torch.arange(100, 110)}, inner, rows=rows)
+        return mix({"within": within, "c": torch.arange(1000, 1050)}, [1, 1], rows=160)
+
+    def loader(inner: list[int], **options: Any) -> Loader:
+        return Loader(nested(inner), batch_size=40, **options)
+
+    for options in ({}, {"seed": 5}, {"shuffle": False}):
+        drawn = torch.cat(list(loader([3, 1], **options).epochs(2)))
+        shares = [int(((drawn >= low) & (drawn < high)).sum()) for low, high in ((0, 100), (100, 110), (1000, 1050))]
+        assert shares == [120, 40, 160]
+    # Each row of the small source is read before any is read again.
+    counted = Counter(drawn[(drawn >= 100) & (drawn < 110)].tolist())
+    assert set(counted.values()) == {4}
+    with pytest.raises(ValueError, match="sources="):
+        loader([1, 1]).load_state_dict(loader([3, 1]).state_dict())
+
+
+def test_a_mixture_in_a_mixture_has_the_lengths_of_its_rows() -> None:
+    within = mix([{"ids": [[1], [2, 2]]}, {"ids": [[3, 3, 3]]}])
+    assert mix([{"ids": [[0, 0]]}, within]).lengths("ids").tolist() == [2, 1, 2, 3]
+
+
+def test_a_mixture_in_a_mixture_with_a_stream_keeps_its_weights() -> None:
+    stream = datasets.Dataset.from_dict({"x": [-1, -1]}).to_iterable_dataset()
+    within = mix([{"x": [0] * 100}, {"x": [1] * 10}], [3, 1])
+    batches = Loader(mix([stream, within]), batch_size=80, window=80, batches=1)
+    assert Counter(next(iter(batches))["x"].tolist()) == {-1: 40, 0: 30, 1: 10}
+
+
+def test_seed_and_shuffle_of_the_loader_reach_what_is_mixed_with_a_stream() -> None:
+    def rows(**options: Any) -> list[int]:
+        stream = datasets.Dataset.from_dict({"x": [-1]}).to_iterable_dataset()
+        loader = Loader(mix([stream, {"x": torch.arange(50)}]), batch_size=10, window=10, batches=10, **options)
+        return [x for batch in loader for x in batch["x"].tolist() if x >= 0]
+
+    assert rows(shuffle=False) == list(range(50))
+    assert rows(seed=1) == rows(seed=1) != rows(seed=2)
+    assert sorted(rows(seed=1)) == sorted(rows(seed=2)) == list(range(50))
+
+
+def test_an_error_of_a_stream_in_a_mixture_names_row_and_source() -> None:
+    class Broken(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield from range(5)
+            raise OSError("unplugged")
+
+    with pytest.raises(
+        OSError, match=r"unplugged \(row 5 of epoch 0 of source 'net'\) \(dataset index 1\d, in window 0"
+    ):
+        list(Loader(mix({"list": [0], "net": Broken()}), batch_size=4))
 
 
 def test_sources_with_other_keys_are_named() -> None:

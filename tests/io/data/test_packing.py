@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -347,6 +348,64 @@ def test_a_loader_trains_on_packed_rows_and_resumes() -> None:
         joined = head + [batch["input_ids"] for batch in rest.epochs(2)]
         assert len(joined) == len(whole)
         assert all(map(torch.equal, joined, whole))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"row_length": 7}, r"row_length=6 \(here 7\)"),
+        ({"method": "concatenate"}, r"method='best_fit' \(here 'concatenate'\)"),
+        ({"window": 4}, r"window=3 \(here 4\)"),
+        ({"seed": 1}, r"seed=0 \(here 1\)"),
+    ],
+)
+def test_a_state_of_another_packing_is_refused(options: dict[str, Any], told: str) -> None:
+    def stream(**changed: Any) -> PackedStream:
+        return PackedStream([[1, 2]] * 20, **{"row_length": 6, "window": 3, **changed})
+
+    first = stream()
+    next(iter(first))
+    other = stream(**options)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=told):
+        other.load_state_dict(first.state_dict())
+    assert other.state_dict() == before
+    # A loader refuses it before anything is read.
+    loader = Loader(stream(**options), batch_size=2)
+    with pytest.raises(ValueError, match="packed="):
+        loader.load_state_dict(Loader(stream(), batch_size=2).state_dict())
+
+
+class Cropped(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Documents that are cut somewhere else each time they are read."""
+
+    def __len__(self) -> int:
+        return 600
+
+    def __getitem__(self, index: int) -> list[int]:
+        return [index] * random.randint(1, 9)
+
+
+class Drawn:
+    """The same as a stream without a state."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (Cropped()[random.randrange(600)] for _ in range(600))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("documents", [Cropped, Drawn])
+def test_documents_that_draw_draw_the_same_when_resumed(documents: Any, method: Any) -> None:
+    def stream(**options: Any) -> PackedStream:
+        return PackedStream(documents(), 50, method=method, window=30, **options)
+
+    whole = as_lists(stream())
+    assert as_lists(stream(seed=1)) != whole
+    for stop in (1, 11, 31, 52):
+        first, rest = stream(), stream()
+        head = as_lists(itertools.islice(first, stop))
+        rest.load_state_dict(first.state_dict())
+        assert head + as_lists(rest) == whole
 
 
 def test_memory_mapped_tokens_are_documents(tmp_path: Any) -> None:

@@ -148,6 +148,8 @@ def test_lengths_of_rows() -> None:
     assert row_lengths(dataset.select([2, 0]), "ids").tolist() == [1, 2]
     assert row_lengths(dataset, "n").tolist() == [5, 6, 7]
     assert row_lengths(dataset, "text").tolist() == [2, 1, 0]
+    large = dataset.cast_column("text", datasets.Value("large_string"))
+    assert row_lengths(large, "text").tolist() == [2, 1, 0]
     assert row_lengths({"ids": ids}, "ids").tolist() == [2, 0, 1]
     assert row_lengths({"ids": torch.zeros(2, 3)}, "ids").tolist() == [3, 3]
     for data, column, told in ((dataset, "y", "got 'y'"), (dataset, "x", "holds double"), ([{"a": 1}], "b", "got 'b'")):

@@ -42,8 +42,9 @@ def commit(folder: int, name: str, contents: Contents, finish: Finish, *, own: b
 
     Returns: the name that the older one has now, if there was one.
 
-    Raises: OSError; nothing has changed then, except that an error of the very last flush leaves the new checkpoint
-        where it is, unannounced.
+    Raises: OSError; nothing has changed then, with two exceptions. An error of the very last flush leaves the new
+        checkpoint where it is, unannounced. Without an exchange of names, an error between the two renames leaves the
+        older one under the name that was meant for it when there are two, where it still counts as a checkpoint.
     """
     staging = f"{STAGING}{secrets.token_hex(8)}"
     try:

@@ -80,7 +80,7 @@ class HostMemory:
 
     def _sized(self, file: str, size: int, pinned: bool) -> Tensor:
         flat = self._memory.get(file)
-        if flat is None or flat.numel() < size:
+        if flat is None or flat.numel() < size or (pinned and not flat.is_pinned()):
             flat = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             self._memory[file] = flat
         return flat[:size]

@@ -109,7 +109,8 @@ def scan(folder: int, path: Path, known: Known | None = None) -> list[Entry]:
             now[key] = before[key] if key in before else _entry(folder, path / name)
     if known is not None:
         known.clear()
-        known.update(now)
+        # An error may pass.
+        known.update((key, entry) for key, entry in now.items() if entry.manifest is not None)
     return sorted(now.values(), key=lambda entry: entry.order)
 
 

@@ -174,6 +174,8 @@ def _training_json(folder: int, manifest: Manifest, path: Path) -> dict[str, Any
     fields = strict_json.decode(data, what)
     if not isinstance(fields, dict) or set(fields) != {"counters", "cursor", "metadata"}:
         raise DamageError(f"{what}: expected an object with counters, cursor and metadata")
+    if fields["counters"] != {"step": manifest.step}:
+        raise DamageError(f"{what}: its counters are not those of step {manifest.step}, which the manifest says")
     return fields
 
 

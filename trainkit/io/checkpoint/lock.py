@@ -12,6 +12,8 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -56,6 +58,8 @@ class Lock:
         """Of the run that writes, where it has said it."""
         self.has_saver = False
         """Whether a saver writes by this lock. There is one at most."""
+        self.is_brief = False
+        """Whether it was made for one save of another thread, and goes with that."""
         with files.writing(self.folder):
             files.make_folder(self.folder)
         with files.writing(self.folder), files.opened(self.folder) as parent:
@@ -94,13 +98,23 @@ class Lock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(owner).encode(), 0)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was not given back yet."""
+        return self._fd is not None
+
     def release(self) -> None:
         """Give the lock back. Doing it twice does nothing."""
-        if self._fd is not None:
-            os.ftruncate(self._fd, 0)
-            # Closing would do, were there no process that was forked off and has not yet begun its own program.
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._close()
+        try:
+            if self._fd is not None:
+                os.ftruncate(self._fd, 0)
+                # Closing would do, were there no process that was forked off and has not yet begun its own program.
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        finally:
+            self._close()
 
     def _close(self) -> None:
         fd, self._fd = self._fd, None
@@ -127,6 +141,47 @@ def held(folder: int) -> Lock | None:
     return next((lock for lock in _held if lock.key == (info.st_dev, info.st_ino)), None)
 
 
+_making = threading.Lock()
+
+
+@contextmanager
+def alone(folder: int, path: Path) -> Iterator[Lock]:
+    """A scope in which this process has the lock on an open folder and this thread alone changes the folder.
+
+    Args:
+        folder: its descriptor.
+        path: its path.
+    """
+    while True:
+        with _making:
+            found = held(folder)
+            own = Lock(path) if found is None else found
+            own.is_brief = own.is_brief or found is None
+        with own.mutex:
+            # Whoever made it may have given it back while this thread waited.
+            if own.is_open:
+                try:
+                    yield own
+                finally:
+                    if found is None:
+                        own.release()
+                return
+
+
+def lasting(folder: int, path: Path) -> tuple[Lock, bool]:
+    """A lock on an open folder that stays until it is released, and whether it was made for the caller."""
+    while True:
+        with _making:
+            found = held(folder)
+            if found is None:
+                return Lock(path), True
+            if not found.is_brief:
+                return found, False
+        with found.mutex:
+            # The one who writes by it is done.
+            continue
+
+
 def _open(parent: int, folder: Path) -> int:
     try:
         fd = os.open(NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666, dir_fd=parent)
@@ -150,6 +205,9 @@ def _forget_in_child() -> None:
     # The descriptors would keep the lock alive after its owner has died.
     for lock in list(_held):
         lock._close()
+    # Another thread of the parent may have been making one.
+    global _making
+    _making = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

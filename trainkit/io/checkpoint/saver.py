@@ -81,12 +81,14 @@ class Saver:
         with files.writing(self.folder), ExitStack() as stack:
             files.make_folder(self.folder)
             fd = stack.enter_context(files.opened(self.folder))
-            shared = lock.held(fd)
-            owner = stack.enter_context(lock.Lock(self.folder)) if shared is None else shared
+            owner, is_own = lock.lasting(fd, self.folder)
+            if is_own:
+                stack.callback(owner.release)
             if owner.has_saver:
                 raise CheckpointError(f"{self.folder}: this process has a Saver for it already; close that one first")
             owner.has_saver = True
             stack.callback(setattr, owner, "has_saver", False)
+            stack.callback(setattr, owner, "run_id", None)
             with owner.mutex:
                 problems = commit.remove_leftovers(fd, self.folder)
                 self.run_id, others = self._run(fd, known, overwrite)
@@ -236,8 +238,9 @@ class _Flight:
 
     def start(self, job: Job) -> None:
         # Not a daemon: the interpreter waits for it before it ends.
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=False)
+        thread.start()
+        self._thread = thread
 
     def _run(self, job: Job) -> None:
         try:

@@ -236,11 +236,5 @@ def new_run_id() -> str:
 def _locked(folder: Path) -> Iterator[tuple[int, lock.Lock]]:
     """The descriptor of the folder and its lock, while this process has it and this thread alone changes the folder."""
     files.make_folder(folder)
-    with files.opened(folder) as fd:
-        own = lock.held(fd)
-        if own is not None:
-            with own.mutex:
-                yield fd, own
-        else:
-            with lock.Lock(folder) as new:
-                yield fd, new
+    with files.opened(folder) as fd, lock.alone(fd, folder) as own:
+        yield fd, own

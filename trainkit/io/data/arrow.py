@@ -89,7 +89,7 @@ def _lengths(array: Any, column: str) -> Tensor:
         raise ValueError(f"lengths: column {column!r} has {array.null_count} nulls, expected a value in each row")
     if pa.types.is_integer(array.type):
         return _tensor(array).to(torch.int64)
-    if not _is_list(array.type) and not pa.types.is_string(array.type):
+    if not _is_list(array.type) and not pa.types.is_string(array.type) and not pa.types.is_large_string(array.type):
         raise ValueError(f"lengths: column {column!r} holds {array.type}, expected lists, text or integers")
     counted = pc.list_value_length(array) if _is_list(array.type) else pc.utf8_length(array)
     return _tensor(counted).to(torch.int64)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import random
 from collections import UserDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -20,12 +16,11 @@ from trainkit import rng
 from trainkit.io.data.batching import Batching, Windows, rank_part
 from trainkit.io.data.errors import BatchError, RowError, explained, numbers
 from trainkit.io.data.position import Limit, Position
+from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source
 from trainkit.io.data.streams import Stream
 
 Collate = Callable[..., Any]
-_READING = -1
-_SEED_32 = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -155,31 +150,6 @@ def wants_position(collate: Collate) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A scope in which the global generators of Python, NumPy and torch start from ``seed``; they are put back on
-    leaving.
-
-    Costs about 50 microseconds.
-
-    Example:
-        >>> with seeded(1):
-        ...     a = random.random()
-        >>> with seeded(1):
-        ...     print(a == random.random())
-        True
-    """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 what the data's own code draws from
-    try:
-        with rng.seeded(seed, torch.device("cpu")):
-            random.seed(seed)
-            np.random.seed(seed & _SEED_32)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
 def tasks(windows: Windows, position: Position, limit: Limit, maker: Maker) -> Iterator[Task]:
     """What is to be loaded after a position, up to a limit."""
     while not limit.before(position):
@@ -215,16 +185,17 @@ def stream_items(
 ) -> Generator[Item, None, None]:
     """Batches of a stream after a position, up to a limit. A rank reads all rows and takes its part of each batch."""
     while not limit.before(position):
-        rows = stream.read(position.epoch, position.state, position.num_read)
+        with seeded(rng.fold_in_host(maker.seed, READING, position.epoch)):
+            rows = stream.read(position.epoch, position.state, position.num_read)
         ended, last = False, 0
         while not ended:
             window = position.window
             try:
-                with seeded(rng.fold_in_host(maker.seed, _READING, position.epoch, position.window)):
-                    values = list(itertools.islice(rows, batching.window))
+                with seeded(rng.fold_in_host(maker.seed, READING, position.epoch, position.window)):
+                    values = _window_of(rows, batching.window, position.num_read)
                 batches = _cut(values, batching, length_of, position)
             except Exception as error:
-                yield failure(error, described(position), [position.num_read])
+                yield _unread(error, position)
                 return
             ended = len(values) < batching.window
             state = None if ended else stream.state()
@@ -249,6 +220,28 @@ def stream_items(
         position = position.at_epoch(position.epoch + 1)
 
 
+def _window_of(rows: Iterator[Any], size: int, num_read: int) -> list[Any]:
+    """The next rows of a stream, at most ``size``; ``num_read`` were read before them."""
+    values: list[Any] = []
+    try:
+        while len(values) < size:
+            values.append(next(rows))
+    except StopIteration:
+        pass
+    except Exception as error:
+        raise RowError(num_read + len(values)) from error
+    return values
+
+
+def _unread(error: Exception, at: Position) -> Failed:
+    """An error while the rows of a window were read or cut: none of its batches can be made."""
+    cause, row = error, ""
+    if isinstance(error, RowError) and isinstance(error.__cause__, Exception):
+        cause, row = error.__cause__, f"dataset index {error.row}, "
+    where = f"{row}in window {at.window} of epoch {at.epoch}, from row {at.num_read} on; before {described(at)}"
+    return Failed(explained(cause, where), cause)
+
+
 def _cut(values: list[Any], batching: Batching, length_of: Callable[[Any], int] | None, at: Position) -> list[Tensor]:
     """The batches of a window of a stream, in an order of its own where it is shuffled."""
     order = torch.arange(len(values))
@@ -258,9 +251,17 @@ def _cut(values: list[Any], batching: Batching, length_of: Callable[[Any], int] 
     lengths = None
     if batching.needs_lengths:
         assert length_of is not None
-        lengths = torch.tensor([length_of(values[i]) for i in order.tolist()], dtype=torch.int64)
+        found = [_length(length_of, values[i], at.num_read + i) for i in order.tolist()]
+        lengths = torch.tensor(found, dtype=torch.int64)
         check_budget(lengths, batching.max_tokens, [at.num_read + i for i in order.tolist()])
     return [order[places] for places in batching.cut(len(values), lengths, epoch=at.epoch, window=at.window)]
+
+
+def _length(length_of: Callable[[Any], int], value: Any, row: int) -> int:
+    try:
+        return int(length_of(value))
+    except Exception as error:
+        raise RowError(row) from error
 
 
 def check_budget(lengths: Tensor, max_tokens: int | None, rows: Sequence[int]) -> None:

@@ -27,9 +27,9 @@ from trainkit.io.data.assemble import (
 from trainkit.io.data.batching import WINDOW_ROWS, Batching, Windows, rounded_window
 from trainkit.io.data.device import one_ahead
 from trainkit.io.data.errors import BatchError, DataWarning
-from trainkit.io.data.order import RowOrder
+from trainkit.io.data.order import order_of
 from trainkit.io.data.position import Limit, Position, from_json, to_json
-from trainkit.io.data.sources import Source, as_source, row_lengths
+from trainkit.io.data.sources import Source, as_source, lengths_of
 from trainkit.io.data.stacking import stack
 from trainkit.io.data.streams import Stream, as_stream
 from trainkit.io.data.workers import MapItems, StreamItems, in_processes
@@ -49,6 +49,10 @@ class Loader:
     window reads that window again. One process reads a stream, however many workers there are, since it is one
     sequence.
 
+    What the data's own code and the collator draw (masks, crops, dropout of tokens) depends on seed, epoch, batch and
+    rank, so that ranks draw apart from each other. Hence the rows of a batch do not depend on the number of ranks, but
+    what is drawn for them does.
+
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset``, a torch dataset, a list, columns, a tensor, a token file, a
             mixture, any iterable.
@@ -60,7 +64,7 @@ class Loader:
         group_by_length: batches of rows of similar lengths, sorted within windows.
         window: rows that are sorted, and in streams shuffled, together; a multiple of ``batch_size``. About 4096 by
             default.
-        seed: decides the order; fits 64 bits.
+        seed: decides the order and what the data's own code draws; fits 64 bits.
         shuffle: each epoch in an order of its own.
         drop_last: leave out a batch of fewer rows at the end of an epoch.
         collate: rows (a list) or columns (a mapping, a tuple) to a tree of tensors. By default
@@ -123,7 +127,8 @@ class Loader:
         self._source: Source | None = source
         self._stream: Stream | None = None
         if source is None:
-            self._stream, self._length_of = as_stream(data), _length_function(lengths, self._batching)
+            self._stream = as_stream(data, seed=seed, shuffle=shuffle)
+            self._length_of = _length_function(lengths, self._batching)
         else:
             self._windows = _windows(source, data, lengths, self._batching)
         self._position = Position()
@@ -141,10 +146,14 @@ class Loader:
         return self._position.total
 
     def __len__(self) -> int:
-        """Batches in the current epoch. With ``max_tokens`` the whole epoch is planned to count them.
+        """Batches in the current epoch; with ``batches``, how many of these are left.
 
-        Raises: TypeError for a stream, whose end is not known.
+        With ``max_tokens`` the whole epoch is planned to count them.
+
+        Raises: TypeError for a stream without ``batches``, whose end is not known.
         """
+        if self._batches is not None:
+            return max(self._batches - self._position.total, 0)
         if self._stream is not None:
             raise TypeError(
                 "len: a stream does not know how many batches it has; give Loader(batches=...) to end a run"
@@ -247,8 +256,7 @@ def _windows(source: Source, data: Any, lengths: Any, batching: Batching) -> Win
     """The plan of map-style data, refused at once if it gives no batch."""
     if not source.num_rows:
         raise ValueError("data: there are no rows, expected at least one")
-    own = getattr(source, "order", None)
-    order = (own or functools.partial(RowOrder, source.num_rows))(seed=batching.seed, shuffle=batching.shuffle)
+    order = order_of(source, seed=batching.seed, shuffle=batching.shuffle)
     known = _row_lengths(source, data, lengths, batching)
     if known is not None:
         check_budget(known, batching.max_tokens, range(len(known)))
@@ -268,8 +276,7 @@ def _row_lengths(source: Source, data: Any, lengths: Any, batching: Batching) ->
         return None
     if lengths is None or callable(lengths):
         raise ValueError("lengths: max_tokens and group_by_length need a number for each row, or the name of a column")
-    own = getattr(source, "lengths", None)
-    known = (own(lengths) if own else row_lengths(data, lengths)) if isinstance(lengths, str) else lengths
+    known = lengths_of(source, data, lengths) if isinstance(lengths, str) else lengths
     known = torch.as_tensor(known, dtype=torch.int64)
     if known.shape != (source.num_rows,) or (len(known) and int(known.min()) < 0):
         raise ValueError(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from trainkit import rng
-from trainkit.io.data.errors import BatchError, explained
-from trainkit.io.data.order import RowOrder
+from trainkit.io.data.batching import Order
+from trainkit.io.data.errors import BatchError, RowError, explained
+from trainkit.io.data.order import order_of
 from trainkit.io.data.ragged import Ragged
-from trainkit.io.data.sources import Source, as_source, row_lengths
+from trainkit.io.data.seeding import READING, seeded
+from trainkit.io.data.sources import Source, as_source, lengths_of
 from trainkit.io.data.streams import Stream, as_stream
 
 LONGEST_CYCLE = 10_000
@@ -35,17 +37,19 @@ def mix(
     weights, in an order drawn from (seed, cycle). So how many rows of each source come before a position is arithmetic,
     and a long run keeps the ratio exactly. Each source is read in its own order and from its beginning when it is
     through, independently of the others: a small source with a large weight is repeated, a large one continued over the
-    epochs of the mixture.
+    epochs of the mixture. The loader's ``seed`` and ``shuffle`` decide the order of each source that can be read in any
+    order, also beside streams.
 
     Args:
-        sources: at least one, of any kind that a loader takes. If one of them is a stream, so is the mixture.
+        sources: at least one, of any kind that a loader takes, a mixture included, which keeps its own weights. If one
+            of them is a stream, so is the mixture.
         weights: positive, one for each source; equal ones by default.
         rows: of an epoch of the mixture. By default as many as the sources have together. Not for streams: their
             mixture has one epoch without end.
         seed: decides which source comes when; fits 64 bits.
 
-    Raises: ValueError for weights that do not fit the sources, are not positive or are so small that a source gets no
-        row in 10,000; for a source without rows.
+    Raises: ValueError for weights that do not fit the sources, are not positive or are less than 1 / 10,000 of their
+        sum; for a source without rows.
 
     Example:
         >>> mixture = mix({"a": [1, 2, 3, 4], "b": [10]}, {"a": 3, "b": 1})
@@ -68,11 +72,7 @@ def mix(
         return Mixture(names, data, known, deal, rows)
     if rows is not None:
         raise ValueError(f"rows: got {rows} for a mixture with streams, which has no end; give Loader(batches=...) one")
-    streams = [
-        as_stream(one) if source is None else OrderedStream(source, seed=rng.fold_in_host(seed, i))
-        for i, (one, source) in enumerate(zip(data, found, strict=True))
-    ]
-    return MixedStream(names, streams, deal)
+    return MixedStream(names, data, deal, seed=seed)
 
 
 class Deal:
@@ -132,10 +132,9 @@ class Mixture:
     def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
         """The rows of each epoch in order, each source in its own."""
         orders = [
-            RowOrder(source.num_rows, seed=rng.fold_in_host(seed, i), shuffle=shuffle)
-            for i, source in enumerate(self._sources)
+            order_of(source, seed=rng.fold_in_host(seed, i), shuffle=shuffle) for i, source in enumerate(self._sources)
         ]
-        return MixedOrder(orders, self._deal, self._epoch_rows)
+        return MixedOrder(orders, [0, *self._ends[:-1].tolist()], self._deal, self._epoch_rows)
 
     def fetch(self, indices: Sequence[int]) -> Any:
         rows = torch.as_tensor(indices)
@@ -148,13 +147,14 @@ class Mixture:
         return joined(parts, torch.cat(places), [self._names[i] for i in used])
 
     def lengths(self, column: str) -> Tensor:
-        """Lengths of all rows, as :func:`~trainkit.io.data.sources.row_lengths` gives them for each source."""
-        return torch.cat([row_lengths(data, column) for data in self._data])
+        """Lengths of all rows, as :func:`~trainkit.io.data.sources.lengths_of` gives them for each source."""
+        parts = [lengths_of(source, data, column) for source, data in zip(self._sources, self._data, strict=True)]
+        return torch.cat(parts)
 
     def describe(self) -> dict[str, Any]:
         """What a position depends on, beside the sources."""
-        sizes = [source.num_rows for source in self._sources]
-        return {"sources": sizes, "counts": self._deal.counts, "mix": self._deal.seed, "epoch_rows": self._epoch_rows}
+        about = [_about(source) for source in self._sources]
+        return {"sources": about, "counts": self._deal.counts, "mix": self._deal.seed, "epoch_rows": self._epoch_rows}
 
     def _part(self, i: int, rows: Tensor) -> Any:
         first = int(self._ends[i - 1]) if i else 0
@@ -168,9 +168,12 @@ class Mixture:
 class MixedOrder:
     """The order of a :class:`Mixture`: any part of any epoch at once."""
 
-    def __init__(self, orders: list[RowOrder], deal: Deal, num_rows: int) -> None:
-        self._orders, self._deal, self.num_rows = orders, deal, num_rows
-        self._starts = [sum(order.num_rows for order in orders[:i]) for i in range(len(orders))]
+    def __init__(self, orders: list[Order], starts: list[int], deal: Deal, num_rows: int) -> None:
+        self._orders, self._starts, self._deal, self._num_rows = orders, starts, deal, num_rows
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows
 
     def at(self, epoch: int, start: int, stop: int) -> Tensor:
         """The rows at positions ``start`` to ``stop`` - 1 of an epoch, numbered through all sources."""
@@ -183,7 +186,7 @@ class MixedOrder:
         return rows
 
 
-def _endless(order: RowOrder, start: int, stop: int) -> Tensor:
+def _endless(order: Order, start: int, stop: int) -> Tensor:
     """Rows of a source that is read again and again, each time in the order of the next epoch."""
     parts = [torch.empty(0, dtype=torch.int64)]
     while start < stop:
@@ -199,7 +202,8 @@ class OrderedStream:
 
     Args:
         source: what is read.
-        seed: of its order.
+        seed: of its order, and of what reading it draws.
+        shuffle: whether each epoch has an order of its own.
 
     Example:
         >>> from trainkit.io.data.sources import ItemRows
@@ -208,17 +212,24 @@ class OrderedStream:
         True
     """
 
-    def __init__(self, source: Source, *, seed: int) -> None:
-        self._source = source
-        self._order = RowOrder(source.num_rows, seed=seed, shuffle=True)
+    def __init__(self, source: Source, *, seed: int, shuffle: bool = True) -> None:
+        self._source, self._seed = source, seed
+        self._order = order_of(source, seed=seed, shuffle=shuffle)
 
     def read(self, epoch: int, state: Any, num_read: int) -> Iterator[Any]:
-        for start in range(num_read, self._source.num_rows, _READ_ROWS):
-            stop = min(start + _READ_ROWS, self._source.num_rows)
-            yield from as_rows(self._source.fetch(self._order.at(epoch, start, stop).tolist()))
+        # From the same borders wherever reading begins, so that what the source draws is the same.
+        for start in range(num_read // _READ_ROWS * _READ_ROWS, self._order.num_rows, _READ_ROWS):
+            stop = min(start + _READ_ROWS, self._order.num_rows)
+            with seeded(rng.fold_in_host(self._seed, READING, epoch, start)):
+                rows = as_rows(self._source.fetch(self._order.at(epoch, start, stop).tolist()))
+            yield from rows[max(num_read - start, 0) :]
 
     def state(self) -> Any:
         return None
+
+    def describe(self) -> dict[str, Any]:
+        """What a position depends on."""
+        return _about(self._source)
 
 
 class MixedStream:
@@ -227,10 +238,15 @@ class MixedStream:
     Its state is how many rows were dealt, and for each source its epoch, its rows in it and its own state.
     """
 
-    def __init__(self, names: list[str], streams: list[Stream], deal: Deal) -> None:
-        self._names, self._streams, self._deal = names, streams, deal
+    def __init__(self, names: list[str], data: list[Any], deal: Deal, *, seed: int, shuffle: bool = True) -> None:
+        self._names, self._data, self._deal = names, data, deal
         self._num_dealt = 0
-        self._read = [_Reading(stream, name) for stream, name in zip(streams, names, strict=True)]
+        self._streams = [_stream_of(one, rng.fold_in_host(seed, i), shuffle) for i, one in enumerate(data)]
+        self._read = [_Reading(stream, name) for stream, name in zip(self._streams, names, strict=True)]
+
+    def ordered(self, *, seed: int, shuffle: bool) -> MixedStream:
+        """The same mixture from its beginning, with the order of a seed where sources can be read in any order."""
+        return MixedStream(self._names, self._data, self._deal, seed=seed, shuffle=shuffle)
 
     def read(self, epoch: int, state: Any, num_read: int) -> Iterator[Any]:
         self._num_dealt = 0 if state is None else state["dealt"]
@@ -243,7 +259,8 @@ class MixedStream:
 
     def describe(self) -> dict[str, Any]:
         """What a position depends on, beside the sources."""
-        return {"sources": self._names, "counts": self._deal.counts, "mix": self._deal.seed}
+        sources = {name: _described(stream) for name, stream in zip(self._names, self._streams, strict=True)}
+        return {"sources": sources, "counts": self._deal.counts, "mix": self._deal.seed}
 
     def _rows(self) -> Iterator[Any]:
         while True:
@@ -252,6 +269,22 @@ class MixedStream:
                 row = self._read[i].next()
                 self._num_dealt += 1
                 yield row
+
+
+def _stream_of(data: Any, seed: int, shuffle: bool) -> Stream:
+    source = as_source(data)
+    if source is not None:
+        return OrderedStream(source, seed=seed, shuffle=shuffle)
+    return as_stream(data, seed=seed, shuffle=shuffle)
+
+
+def _described(source: Any) -> dict[str, Any]:
+    about: dict[str, Any] = source.describe() if hasattr(source, "describe") else {}
+    return about
+
+
+def _about(source: Source) -> dict[str, Any]:
+    return {"rows": source.num_rows, **_described(source)}
 
 
 class _Reading:
@@ -275,9 +308,14 @@ class _Reading:
     def next(self) -> Any:
         if not self._begun:
             self._rows, self._begun = self._stream.read(self._epoch, self._given, self._num_read), True
-        for row in self._rows:
-            self._num_read += 1
-            return row
+        try:
+            for row in self._rows:
+                self._num_read += 1
+                return row
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, RowError) and error.__cause__ is not None else error
+            at = f"row {self._num_read} of epoch {self._epoch} of source {self._name!r}"
+            raise explained(cause, at) from cause
         if not self._num_read:
             raise ValueError(f"sources: {self._name!r} gave no row in epoch {self._epoch}, expected at least one")
         self._epoch, self._num_read, self._given, self._begun = self._epoch + 1, 0, None, False
@@ -362,8 +400,13 @@ def _counts(names: list[str], weights: Any) -> list[int]:
     given = [1.0] * len(names) if weights is None else list(weights)
     if len(given) != len(names) or not all(math.isfinite(weight) and weight > 0 for weight in given):
         raise ValueError(f"weights: got {given} for {len(names)} sources, expected a positive number for each")
-    shares = [Fraction(weight).limit_denominator(LONGEST_CYCLE * LONGEST_CYCLE) for weight in given]
-    shares = [share / sum(shares) for share in shares] if all(shares) else shares
+    exact = [Fraction(weight) for weight in given]
+    total = sum(exact)
+    shares = [(weight / total).limit_denominator(LONGEST_CYCLE * LONGEST_CYCLE) for weight in exact]
+    if min(shares) * LONGEST_CYCLE < 1:
+        raise ValueError(f"weights: got {given}; each must be at least 1 / {LONGEST_CYCLE} of their sum")
+    total = sum(shares)
+    shares = [share / total for share in shares]
     length = math.lcm(*(share.denominator for share in shares))
     if length > LONGEST_CYCLE:
         length = LONGEST_CYCLE
@@ -372,6 +415,4 @@ def _counts(names: list[str], weights: Any) -> list[int]:
     by_loss = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i] * length)
     for i in by_loss[: length - sum(counts)]:
         counts[i] += 1
-    if not all(counts):
-        raise ValueError(f"weights: got {given}; each must be at least 1 / {LONGEST_CYCLE} of their sum")
     return counts

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainkit import rng
+from trainkit.io.data.batching import Order
 
 MATERIALISED_ROWS = 1 << 20
 """Up to this many rows :class:`RowOrder` holds the permutation of an epoch (8 MiB); above it computes it in parts."""
@@ -121,3 +123,22 @@ class RowOrder:
         if self._whole is None or self._whole[0] != epoch:
             self._whole = epoch, epoch_order(self.num_rows, seed=self._seed, epoch=epoch)
         return self._whole[1][start:stop]
+
+
+def order_of(source: Any, *, seed: int, shuffle: bool) -> Order:
+    """The order of a source: its own, where it has a method ``order`` as mixtures have, else :class:`RowOrder`.
+
+    Args:
+        source: a :class:`~trainkit.io.data.sources.Source`.
+        seed: of the run; fits 64 bits.
+        shuffle: whether each epoch has an order of its own.
+
+    Example:
+        >>> from trainkit.io.data.sources import as_source
+        >>> order_of(as_source("abc".split()), seed=0, shuffle=False).at(0, 0, 1)
+        tensor([0])
+    """
+    if hasattr(source, "order"):
+        own: Order = source.order(seed=seed, shuffle=shuffle)
+        return own
+    return RowOrder(source.num_rows, seed=seed, shuffle=shuffle)

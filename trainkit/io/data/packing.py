@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit import rng
 from trainkit.io.data.collate import IGNORED
 from trainkit.io.data.errors import BatchError, RowError, explained
 from trainkit.io.data.ragged import Ragged, as_columns, as_ragged
+from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source, as_source
 from trainkit.io.data.streams import as_stream
 
@@ -180,6 +182,10 @@ class PackedStream:
     - "best_fit" packs ``window`` documents at a time. A larger window fills rows better; at most one is read again when
       resuming.
 
+    Documents that can be read in any order, and streams without a state, may draw from the global generators of Python,
+    NumPy and torch while they are read: they draw the same again when resuming. A stream with a state must not, since
+    documents that are read again after resuming would differ.
+
     The state is where the documents began that are not used up, and how much of them was: a few numbers beside the
     state of the documents themselves, however much was read.
 
@@ -193,14 +199,15 @@ class PackedStream:
         column: where rows with names have their tokens.
         pad_id: the token that fills up.
         ignore_index: the label that counts for nothing.
+        seed: of what reading the documents draws, which the loader's seed does not reach; fits 64 bits.
 
     Raises: ValueError for numbers below 1 or an unknown method; TypeError for documents that can be read only once.
 
     Example:
         >>> stream = PackedStream([[1, 2, 3], [4, 5]], 2, method="concatenate")
         >>> rows = iter(stream)
-        >>> next(rows)["input_ids"], stream.state_dict()
-        (tensor([1, 2]), {'read': 0, 'source': None, 'used': 2})
+        >>> next(rows)["input_ids"], stream.state_dict()["used"]
+        (tensor([1, 2]), 2)
         >>> resumed = PackedStream([[1, 2, 3], [4, 5]], 2, method="concatenate")
         >>> resumed.load_state_dict(stream.state_dict())
         >>> [row["input_ids"].tolist() for row in resumed]
@@ -217,13 +224,15 @@ class PackedStream:
         column: str = "input_ids",
         pad_id: int = 0,
         ignore_index: int = IGNORED,
+        seed: int = 0,
     ) -> None:
         _check_method(row_length, method)
         if window < 1:
             raise ValueError(f"window: got {window}, expected a positive number of documents")
-        self._documents = _Documents(documents, column)
+        self._documents = _Documents(documents, column, seed)
         self._row_length, self._window = row_length, window
         self._method: Method = method
+        self._seed = seed
         self._pad_id, self._ignore_index = pad_id, ignore_index
         self._state = _BEGINNING
 
@@ -235,16 +244,33 @@ class PackedStream:
         """Where the stream is, as JSON: how many documents were ``read`` before the first one that is not used up, the
         state of the ``source`` there, and how much of what follows is ``used``: tokens, or rows of the window for
         "best_fit"."""
-        return {"read": self._state.place.num_read, "source": self._state.place.source, "used": self._state.used}
+        place = self._state.place
+        return {"read": place.num_read, "source": place.source, "used": self._state.used, **self.made_for()}
+
+    def made_for(self) -> dict[str, Any]:
+        """What a state depends on, beside the documents."""
+        window = self._window if self._method == "best_fit" else None
+        about = {"row_length": self._row_length, "method": self._method, "window": window, "seed": self._seed}
+        return {"packed": about}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the row at which the state was taken, in the next iteration.
 
-        Raises: ValueError for something that is no state of this class.
+        Raises: ValueError for something that is no state of this class, or one of rows that were packed otherwise; it
+            names what differs. Nothing is changed then.
         """
         numbers = [state.get("read"), state.get("used")]
-        if set(state) != {"read", "source", "used"} or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"state: got {dict(state)}, expected the numbers 'read' and 'used', and 'source'")
+        if set(state) != {"read", "source", "used", "packed"} or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(
+                f"state: got {dict(state)}, expected the numbers 'read' and 'used', and 'source' and 'packed'"
+            )
+        here, there = self.made_for()["packed"], state["packed"]
+        if there != here:
+            both = there if isinstance(there, Mapping) else {}
+            differing = [
+                f"{name}={both.get(name)!r} (here {here[name]!r})" for name in here if both.get(name) != here[name]
+            ]
+            raise ValueError(f"state: it was made for {', '.join(differing)}; it holds only for the same packing")
         self._state = _State(_Place(state["read"], state["source"]), state["used"])
 
     def __iter__(self) -> Iterator[Rows]:
@@ -323,10 +349,10 @@ _BEGINNING = _State(_Place(0, None), 0)
 class _Documents:
     """Documents as tensors, read from any place on."""
 
-    def __init__(self, documents: Any, column: str) -> None:
+    def __init__(self, documents: Any, column: str, seed: int) -> None:
         self._rows = as_source(documents)
-        self._stream = as_stream(documents) if self._rows is None else None
-        self._column = column
+        self._stream = as_stream(documents, seed=seed, shuffle=False) if self._rows is None else None
+        self._column, self._seed = column, seed
         self.epoch = 0
 
     def read(self, place: _Place) -> Iterator[tuple[_Place, _Place, Tensor]]:
@@ -343,10 +369,13 @@ class _Documents:
             for number, row in enumerate(rows, place.num_read + 1):
                 yield _Place(number, self._stream.state()), self._tokens([row])[0]
         elif self._rows is not None:
-            for start in range(place.num_read, self._rows.num_rows, _FETCHED):
+            # From the same borders wherever reading begins, so that what the source draws is the same.
+            for start in range(place.num_read // _FETCHED * _FETCHED, self._rows.num_rows, _FETCHED):
                 numbers = list(range(start, min(start + _FETCHED, self._rows.num_rows)))
-                tokens = self._tokens(self._fetched(self._rows, numbers))
-                yield from ((_Place(number + 1, None), tokens[i]) for i, number in enumerate(numbers))
+                with seeded(rng.fold_in_host(self._seed, READING, self.epoch, start)):
+                    tokens = self._tokens(self._fetched(self._rows, numbers))
+                for i in range(max(place.num_read - start, 0), len(numbers)):
+                    yield _Place(numbers[i] + 1, None), tokens[i]
 
     def _fetched(self, rows: Source, numbers: list[int]) -> Any:
         try:

@@ -238,6 +238,27 @@ def row_lengths(data: Any, column: str) -> Tensor:
     return _lengths_of(found, column)
 
 
+def lengths_of(source: Source, data: Any, column: str) -> Tensor:
+    """The lengths that a source gives itself, where it has a method ``lengths``, else :func:`row_lengths` of its data.
+
+    Args:
+        source: of ``data``.
+        data: as :func:`row_lengths` takes them.
+        column: the name of a column of sequences or of integers.
+
+    Returns: int64 tensor of shape (rows,).
+
+    Raises: ValueError if there is no such column, or it has no lengths.
+
+    Example:
+        >>> data = {"x": [[1, 2], [3]]}
+        >>> lengths_of(ColumnRows(data), data, "x")
+        tensor([2, 1])
+    """
+    own = getattr(source, "lengths", None)
+    return torch.as_tensor(own(column) if own is not None else row_lengths(data, column))
+
+
 def _no_column(column: str, names: list[Any]) -> Any:
     raise ValueError(f"lengths: got {column!r}, but the rows have {', '.join(map(str, names))}")
 

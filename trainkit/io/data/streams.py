@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from trainkit import rng
+from trainkit.io.data.seeding import READING, seeded
+
+CHUNK_ROWS = 64
+"""Rows that are read in one scope of seeds where a stream has no state."""
+
 
 @runtime_checkable
 class Stream(Protocol):
-    """Rows in one order. A class of your own with these two is a stream as well."""
+    """Rows in one order. A class of your own with these two is a stream as well.
+
+    What it draws beforehand, such as an order, belongs in its state, or must follow from the epoch and a seed of its
+    own: Python's, NumPy's and torch's global generators are where they were only at the border of a window.
+    """
 
     def read(self, epoch: int, state: Any, num_read: int) -> Iterator[Any]:
         """The rows of an epoch after the first ``num_read``; ``state`` is what :meth:`state` gave there, or None."""
@@ -27,11 +36,17 @@ class IterableRows:
     are read and thrown away, which costs what reading them cost the first time. ``set_epoch`` is called where there is
     one.
 
+    Without a state, what the iterable draws from the global generators of Python, NumPy and torch is drawn again as it
+    was: rows are read 64 at a time, ahead of what is given, each time from a seed made of (seed, epoch, place). So it
+    may shuffle or crop with ``random``. What it draws from elsewhere must begin again with ``iter()``. With a state, an
+    order that was drawn must be part of the state.
+
     ``datasets.IterableDataset`` has a state, except that it forgets the rows of a shuffle buffer: a stream after
     ``shuffle`` is therefore read again from the beginning of its epoch, so that no row is lost.
 
     Args:
         rows: the iterable.
+        seed: of what reading draws, where there is no state; fits 64 bits.
 
     Raises: TypeError for an iterator without a state: it can be read once only, so a run over it could not be resumed.
 
@@ -40,10 +55,13 @@ class IterableRows:
         [2, 3]
     """
 
-    def __init__(self, rows: Iterable[Any]) -> None:
+    def __init__(self, rows: Iterable[Any], *, seed: int = 0) -> None:
         self._rows: Any = rows
+        self._seed = seed
         self._has_state = hasattr(rows, "state_dict") and hasattr(rows, "load_state_dict") and not _forgets_rows(rows)
-        if not self._has_state and iter(rows) is rows:
+        with seeded(seed):  # iter() may draw.
+            is_iterator = not self._has_state and iter(rows) is rows
+        if is_iterator:
             raise TypeError(
                 f"data: got {type(rows).__name__}, an iterator, which can be read only once; expected something that "
                 "iter() starts again, such as a class with __iter__ or datasets.IterableDataset.from_generator"
@@ -58,19 +76,49 @@ class IterableRows:
             # A state may be left in it from elsewhere.
             if _is_hugging_face(self._rows):
                 self._rows.load_state_dict(None)
-            return itertools.islice(iter(self._rows), num_read, None)
+            return self._again(epoch, num_read)
         self._rows.load_state_dict(copy.deepcopy(self._first if state is None else state))
         return iter(self._rows)
 
     def state(self) -> Any:
         return copy.deepcopy(self._rows.state_dict()) if self._has_state else None
 
+    def describe(self) -> dict[str, Any]:
+        """What a position depends on, beside the rows: what ``made_for`` of the iterable says, if it has that."""
+        about: dict[str, Any] = getattr(self._rows, "made_for", dict)()
+        return about
 
-def as_stream(data: Any) -> Stream:
+    def _again(self, epoch: int, num_read: int) -> Iterator[Any]:
+        rows: Iterator[Any] | None = None
+        first = 0
+        while True:
+            values: list[Any] = []
+            failed: Exception | None = None
+            with seeded(rng.fold_in_host(self._seed, READING, epoch, first)):
+                try:
+                    rows = iter(self._rows) if rows is None else rows
+                    while len(values) < CHUNK_ROWS:
+                        values.append(next(rows))
+                except StopIteration:
+                    pass
+                except Exception as error:
+                    # Told when its turn comes: the rows before it are good.
+                    failed = error
+            yield from values[max(num_read - first, 0) :]
+            if failed is not None:
+                raise failed
+            if len(values) < CHUNK_ROWS:
+                return
+            first += len(values)
+
+
+def as_stream(data: Any, *, seed: int = 0, shuffle: bool = True) -> Stream:
     """Data that are read from their beginning, as a stream.
 
     Args:
         data: an iterable, or a :class:`Stream`.
+        seed: of what reading draws, and of the order of what a mixture has in it that can be read in any order.
+        shuffle: whether that has an order of its own.
 
     Raises: TypeError for anything else, and for an iterator that can be read only once.
 
@@ -79,10 +127,11 @@ def as_stream(data: Any) -> Stream:
         ['a', 'b', 'c']
     """
     if isinstance(data, Stream):
-        return data
+        ordered: Stream = data.ordered(seed=seed, shuffle=shuffle) if hasattr(data, "ordered") else data
+        return ordered
     if not isinstance(data, Iterable) and not hasattr(data, "__iter__"):
         raise TypeError(f"data: got {type(data).__name__}, expected a dataset, a list, columns or an iterable")
-    return IterableRows(data)
+    return IterableRows(data, seed=seed)
 
 
 def _is_hugging_face(rows: Any) -> bool:

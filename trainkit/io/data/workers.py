@@ -167,6 +167,8 @@ class _Inline:
 
 
 def _inline(tensor: Tensor) -> Any:
+    # A view that is conjugated or negated only when it is read has no form in NumPy, and loses that in shared memory.
+    tensor = tensor.resolve_conj().resolve_neg()
     # Shared memory costs a connection to the worker for each tensor, and a file descriptor while it lives.
     if tensor.nbytes > INLINE_BYTES or tensor.requires_grad or tensor.layout != torch.strided:
         return tensor
