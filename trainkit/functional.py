@@ -39,23 +39,29 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
     Source: ``torch.func.functional_call``, whose meaning it has; it swaps at a third of the cost per call, and
     returns the buffers.
     """
-    buffer_slots = _slots(module, module.named_buffers(remove_duplicate=False), "_buffers")
     slots = slots_of(module)
+    own_buffers = {name for name, _ in module.named_buffers()}
+    places = [(holder, leaf, name) for name, slot in slots.items() for holder, leaf in slot]
 
     def call(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         # Frozen parameters travel with the buffers; nothing writes into them, so they need no copy.
         rest = tree.named(buffers)
-        mutable = [name for name in rest if name in buffer_slots]
-        fresh = zip(mutable, tree.writable([rest[name] for name in mutable]), strict=True)
-        given = tree.named(params) | rest | dict(fresh)
-        _check_names(slots, given)
-        before = _fill(slots, given)
+        mutable = [name for name in rest if name in own_buffers]
+        given = tree.named(params) | rest
+        given.update(zip(mutable, tree.writable([rest[name] for name in mutable]), strict=True))
+        if len(given) != len(slots) or given.keys() != slots.keys():
+            raise _other_names(slots, given)
+        before = [holder[leaf] for holder, leaf, _ in places]
+        for holder, leaf, name in places:
+            holder[leaf] = given[name]
         modes = _set_modes(module, training)
         try:
             outputs = module(*args, **kwargs)
             after = {name: slots[name][0][0][slots[name][0][1]] for name in mutable}
         finally:
-            _restore(before)
+            # Backwards: a submodule that hangs at two places was filled twice, and only its first entry is its own.
+            for (holder, leaf, _), tensor in zip(reversed(places), reversed(before), strict=True):
+                holder[leaf] = tensor
             for submodule, mode in modes:
                 submodule.training = mode
         return outputs, tree.like(buffers, [after.get(name, old) for name, old in rest.items()])
@@ -80,21 +86,6 @@ def _slots(module: nn.Module, named: Any, attribute: str) -> dict[str, list[_Slo
     return slots
 
 
-def _fill(slots: dict[str, list[_Slot]], given: dict[str, Tensor]) -> list[tuple[dict[str, Any], str, Any]]:
-    before = []
-    for name, places in slots.items():
-        for holder, leaf in places:
-            before.append((holder, leaf, holder[leaf]))
-            holder[leaf] = given[name]
-    return before
-
-
-def _restore(before: list[tuple[dict[str, Any], str, Any]]) -> None:
-    # Backwards: a submodule that hangs at two places was filled twice, and only its first entry is the module's own.
-    for holder, leaf, tensor in reversed(before):
-        holder[leaf] = tensor
-
-
 def _set_modes(module: nn.Module, training: bool | None) -> list[tuple[nn.Module, bool]]:
     if training is None:
         return []
@@ -104,12 +95,9 @@ def _set_modes(module: nn.Module, training: bool | None) -> list[tuple[nn.Module
     return changed
 
 
-def _check_names(slots: dict[str, list[_Slot]], given: dict[str, Tensor]) -> None:
-    if len(slots) != len(given) or slots.keys() != given.keys():
-        missing = [name for name in slots if name not in given]
-        if missing:
-            raise KeyError(f"params/buffers lack {missing[0]!r} (and {len(missing) - 1} more) that the module has")
-        foreign = [name for name in given if name not in slots]
-        raise KeyError(
-            f"params/buffers hold {foreign[0]!r} (and {len(foreign) - 1} more) that the module does not have"
-        )
+def _other_names(slots: dict[str, list[_Slot]], given: dict[str, Tensor]) -> KeyError:
+    missing = [name for name in slots if name not in given]
+    if missing:
+        return KeyError(f"params/buffers lack {missing[0]!r} (and {len(missing) - 1} more) that the module has")
+    foreign = [name for name in given if name not in slots]
+    return KeyError(f"params/buffers hold {foreign[0]!r} (and {len(foreign) - 1} more) that the module does not have")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,11 +136,14 @@ def attached_params(state: TrainState) -> Params:
     again. Not once a loss has put a hook on one, which would otherwise run in later steps too.
     """
     kept = None if torch.compiler.is_compiling() else state.__dict__.get("_attached")
-    if kept is None or any(t._backward_hooks for t in tree.leaves(kept)):
+    if kept is None or any(map(_HOOKS, tree.leaves(kept))):
         kept = tree.like(state.params, [t.detach().requires_grad_() for t in tree.leaves(state.params)])
         if not torch.compiler.is_compiling():
             state.__dict__["_attached"] = kept
     return kept
+
+
+_HOOKS = operator.attrgetter("_backward_hooks")
 
 
 def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: bool = True) -> TrainState:

@@ -7,7 +7,6 @@ one text serves the pure call and the call that needs no second set of buffers.
 
 from __future__ import annotations
 
-import itertools
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Ownership = dict[int, Tensor]
@@ -33,12 +32,12 @@ class _Scope:
 
     def __init__(self, outer: _Scope | None, given: Ownership) -> None:
         self.given: Ownership = given if outer is None else {**outer.given, **given}
-        self.released: list[tuple[weakref.ref[TensorDict], frozenset[int]]] = [] if outer is None else [*outer.released]
+        self.released: list[_Released] = [] if outer is None else [*outer.released]
         self.copies: dict[int, weakref.ref[Tensor]] = {} if outer is None else {**outer.copies}
 
     def own(self, tensors: list[Tensor]) -> bool:
         ids = frozenset(map(id, tensors))
-        if ids <= self.given.keys() or any(ids <= owned and tree() is not None for tree, owned in self.released):
+        if ids <= self.given.keys() or any(ids <= released.ids() for released in self.released):
             return True
         return all(map(self.owns, tensors))
 
@@ -47,7 +46,7 @@ class _Scope:
         return (
             id(tensor) in self.given
             or (copy is not None and copy() is tensor)
-            or any(id(tensor) in owned and tree() is not None for tree, owned in self.released)
+            or any(id(tensor) in released.ids() for released in self.released)
         )
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -56,6 +55,25 @@ class _Scope:
         return copy
 
 
+class _Released:
+    """A tree that :func:`release` was given. It is looked at only once somebody asks: most are never written over."""
+
+    def __init__(self, tree: TensorDict) -> None:
+        self._tree = weakref.ref(tree)
+        self._ids: frozenset[int] | None = None
+
+    def ids(self) -> frozenset[int]:
+        """The tensors that may be overwritten, by ``id``; none if they share memory, or are gone."""
+        tree = self._tree()
+        if tree is None:
+            return _NOTHING
+        if self._ids is None:
+            tensors = leaves(tree)
+            self._ids = frozenset(map(id, tensors)) if are_apart(tensors) else _NOTHING
+        return self._ids
+
+
+_NOTHING: frozenset[int] = frozenset()
 _scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
 
 
@@ -264,11 +282,8 @@ def release(tree: TensorDict) -> None:
     one gradient to all terms of a sum, and what is written over one of them would change the others.
     """
     scope = _open_scope()
-    if scope is None or not has_foreach():
-        return
-    tensors = leaves(tree)
-    if are_apart(tensors):
-        scope.released.append((weakref.ref(tree), frozenset(map(id, tensors))))
+    if scope is not None and has_foreach():
+        scope.released.append(_Released(tree))
 
 
 def are_apart(tensors: Sequence[Tensor]) -> bool:
@@ -280,8 +295,17 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
         >>> are_apart([w, torch.zeros(2)]), are_apart([w, w[1:]]), are_apart([w[:2], w[2:]])
         (True, False, True)
     """
-    spans = sorted([(start, start + _extent(t)) for t in tensors if (start := address(t))])
-    return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    if set(map(type, tensors)) <= _PLAIN and all(map(Tensor.is_contiguous, tensors)):
+        starts, sizes = list(map(Tensor.data_ptr, tensors)), map(_NBYTES, tensors)
+    else:
+        starts, sizes = list(map(address, tensors)), map(_extent, tensors)
+    ends = sorted(map(operator.add, starts, sizes))
+    starts.sort()
+    return all(map(operator.le, ends, starts[1:]))
+
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_NBYTES = operator.attrgetter("nbytes")
 
 
 def _extent(tensor: Tensor) -> int:
