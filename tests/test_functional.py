@@ -127,3 +127,12 @@ def test_hooks_run() -> None:
     module.register_forward_pre_hook(lambda m, args: (args[0] * 0,))
     params, buffers = given_tensors(module)
     assert torch.equal(functional(module)(params, buffers, torch.ones(1, 2))[0][0], params["bias"])
+
+
+def test_a_function_that_uses_the_module_runs_with_the_given_tensors() -> None:
+    layer = nn.Linear(2, 1)
+    zero = tree.frozen({"weight": torch.zeros(1, 2), "bias": torch.full((1,), 3.0)})
+    model = functional(layer, call=lambda x, factor: layer(x).sum() * factor)
+    out, _ = model(zero, tree.frozen(), torch.ones(4, 2), 0.5)
+    assert float(out) == 6.0
+    assert not torch.equal(layer.bias, zero["bias"])

@@ -121,8 +121,27 @@ def test_parameters_without_gradient(way: str) -> None:
     grads = WAYS[way](module, unused="zero")(state, batch).grads
     assert not grads["unused.weight"].any()
     assert grads["used.weight"].any()
-    with pytest.raises(ValueError, match="unused: got 'skip', expected 'error' or 'zero'"):
+    with pytest.raises(ValueError, match="unused: got 'skip', expected 'error'"):
         WAYS[way](module, unused="skip")
+
+
+@pytest.mark.parametrize("way", ["functional", "live"])
+def test_parameters_without_gradient_can_be_left_out(way: str) -> None:
+    module = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
+    module.forward = lambda x: module["used"](x)  # type: ignore[method-assign]
+    found = WAYS[way](module, unused="omit")(init_state(module, sgd(0.1)), make_batch())
+    assert sorted(found.grads.keys()) == ["used.bias", "used.weight"]
+
+
+def test_parameters_that_only_some_microbatches_reach_keep_their_gradient() -> None:
+    def loss(params: Any, buffers: Any, batch: tuple[str, Tensor]) -> LossOutput:
+        name, x = batch
+        return LossOutput((params["always"] * params[name] * x).sum(), 1)
+
+    module = nn.ParameterDict({name: nn.Parameter(torch.tensor(2.0)) for name in ("always", "a", "b")})
+    parts = [("a", torch.tensor(3.0)), ("b", torch.tensor(5.0)), ("a", torch.tensor(7.0))]
+    grads = accumulate(value_and_grad(loss, unused="omit"))(init_state(module, sgd(0.1)), parts).grads
+    assert {name: float(g) for name, g in grads.items()} == {"always": 30.0, "a": 20.0, "b": 10.0}
 
 
 @pytest.mark.parametrize("way", ["functional", "live"])

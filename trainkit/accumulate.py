@@ -59,14 +59,21 @@ def accumulate(gradient: GradientFn, n: int | None = None) -> GradientFn:
 
 
 def add_gradients(total: Gradients, one: Gradients) -> Gradients:
-    """The gradients of two batches together; ``buffers`` are those of the later one."""
-    summed = tree.writable(tree.leaves(total.grads))
+    """The gradients of two batches together; ``buffers`` are those of the later one.
+
+    A parameter that only one of them has a gradient of keeps that one.
+    """
+    names, others = tree.named(total.grads), tree.named(one.grads)
+    both = [name for name in names if name in others]
+    summed = tree.writable([names[name] for name in both])
+    addends = [others[name] for name in both]
     if not tree.has_foreach():
-        summed = [a + b for a, b in zip(summed, tree.leaves(one.grads), strict=True)]
-    else:
-        torch._foreach_add_(summed, tree.leaves(one.grads))
+        summed = [a + b for a, b in zip(summed, addends, strict=True)]
+    elif both:
+        torch._foreach_add_(summed, addends)
+    grads = {**others, **names, **dict(zip(both, summed, strict=True))}
     return Gradients(
-        grads=tree.like(total.grads, summed),
+        grads=tree.like(total.grads, summed) if len(both) == len(grads) else tree.frozen(grads),
         loss_sum=total.loss_sum + one.loss_sum,
         weight=total.weight + one.weight,
         metrics=merge_metrics(total.metrics, one.metrics),

@@ -16,7 +16,9 @@ ModelFn = Callable[..., tuple[Any, Buffers]]
 """``(params, buffers, *args, **kwargs) -> (outputs, buffers)``."""
 
 
-def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
+def functional(
+    module: nn.Module, *, training: bool | None = None, call: Callable[..., Any] | None = None
+) -> ModelFn:
     """The module's forward as a pure function of its tensors.
 
     ``outputs, buffers = functional(module)(params, buffers, *args, **kwargs)`` runs ``module(*args, **kwargs)`` with
@@ -26,6 +28,7 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
     Args:
         module: any module, also one with hooks: its ``__call__`` is used.
         training: True and False run it in that mode and put the modes back; None leaves each submodule's mode as it is.
+        call: what is called with the arguments, any function that uses the module; None calls the module itself.
 
     Raises: KeyError naming the parameter or buffer that the given trees lack.
 
@@ -39,11 +42,12 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
     Source: ``torch.func.functional_call``, whose meaning it has; it swaps at a third of the cost per call, and
     returns the buffers.
     """
+    run = module if call is None else call
     slots = slots_of(module)
     own_buffers = {name for name, _ in module.named_buffers()}
     places = [(holder, leaf, name) for name, slot in slots.items() for holder, leaf in slot]
 
-    def call(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
+    def model(params: Params, buffers: Buffers, *args: Any, **kwargs: Any) -> tuple[Any, Buffers]:
         # Frozen parameters travel with the buffers; nothing writes into them, so they need no copy.
         rest = tree.named(buffers)
         mutable = [name for name in rest if name in own_buffers]
@@ -56,7 +60,7 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
             holder[leaf] = given[name]
         modes = _set_modes(module, training)
         try:
-            outputs = module(*args, **kwargs)
+            outputs = run(*args, **kwargs)
             after = {name: slots[name][0][0][slots[name][0][1]] for name in mutable}
         finally:
             # Backwards: a submodule that hangs at two places was filled twice, and only its first entry is its own.
@@ -66,7 +70,7 @@ def functional(module: nn.Module, *, training: bool | None = None) -> ModelFn:
                 submodule.training = mode
         return outputs, tree.like(buffers, [after.get(name, old) for name, old in rest.items()])
 
-    return call
+    return model
 
 
 def slots_of(module: nn.Module) -> dict[str, list[_Slot]]:

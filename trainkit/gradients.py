@@ -31,7 +31,8 @@ def value_and_grad(
     Args:
         loss: ``(params, buffers, batch) -> LossOutput``.
         rank: this process' place among the data-parallel ones, so that each draws its own dropout.
-        unused: what a parameter without gradient means: "error", or "zero" for models that use parts by turns.
+        unused: what a parameter without gradient means: "error"; "zero" for models that use parts by turns; "omit"
+            leaves it out of the result, for optimizers that then leave it as it is.
         scale: multiplies the mean loss (``loss_sum / weight``) before the backward pass, so that a scale fits batches
             of any weight; the gradients are divided by the same number afterwards.
         mean: start the backward pass from ``1 / weight``, so that the gradient is that of the mean and needs no pass
@@ -69,8 +70,8 @@ def value_and_grad(
             found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
         grads = _filled(names, inputs, found, unused)
         if upscale is not None:
-            grads = [(g / upscale).to(g.dtype) for g in grads]
-        return finished(state, out, weight, dict(zip(names, grads, strict=True)), factor)
+            grads = {name: (g / upscale).to(g.dtype) for name, g in grads.items()}
+        return finished(state, out, weight, grads, factor)
 
     return gradients
 
@@ -116,8 +117,7 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
         finally:
             for p, (data, grad) in zip(inputs, before, strict=True):
                 p.data, p.grad = data, grad
-        grads = _filled(names, inputs, found, unused)
-        return finished(state, out, weight_of(out), dict(zip(names, grads, strict=True)))
+        return finished(state, out, weight_of(out), _filled(names, inputs, found, unused))
 
     return gradients
 
@@ -175,10 +175,10 @@ def draws_of(state: TrainState, rank: int) -> AbstractContextManager[None]:
     return rng.seeded(seed_of(state, rank), state.step.device)
 
 
-def check_unused(unused: str) -> None:
-    """Raise ValueError for another word than "error" or "zero"."""
-    if unused not in ("error", "zero"):
-        raise ValueError(f"unused: got {unused!r}, expected 'error' or 'zero'")
+def check_unused(unused: str, known: tuple[str, ...] = ("error", "zero", "omit")) -> None:
+    """Raise ValueError for a word that does not say what becomes of parameters without gradient."""
+    if unused not in known:
+        raise ValueError(f"unused: got {unused!r}, expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
 
 
 def unreached(names: list[str]) -> ValueError:
@@ -289,17 +289,20 @@ def _check_attached(loss_sum: Tensor) -> None:
         )
 
 
-def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> list[Tensor]:
+def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> dict[str, Tensor]:
     if (
         not torch.compiler.is_compiling()
         and set(map(type, found)) == {Tensor}
         and all(map(Tensor.is_contiguous, found))
     ):
-        return list(found)
+        return dict(zip(names, found, strict=True))
     missing = [name for name, g in zip(names, found, strict=True) if g is None]
     if missing and unused == "error":
         raise unreached(missing)
-    return [torch.zeros_like(p) if g is None else _dense(g) for p, g in zip(inputs, found, strict=True)]
+    rows = zip(names, inputs, found, strict=True)
+    if unused == "omit":
+        return {name: _dense(g) for name, _, g in rows if g is not None}
+    return {name: torch.zeros_like(p) if g is None else _dense(g) for name, p, g in rows}
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def make_train_step(
             mean=...)``; ``mean`` allows to return them divided.
         reduce: adds gradients over ranks.
         rank: this process' place among the data-parallel ones.
-        unused: "error" or "zero": what a parameter without gradient means.
+        unused: what a parameter without gradient means, as for ``value_and_grad``.
 
     Returns: a pure StepFn.
 

@@ -115,8 +115,8 @@ def member_value_and_grad(
     Args:
         loss: ``(params, buffers, batch) -> LossOutput``.
         rank: as for ``value_and_grad``, for a state alone; :func:`over_population` seeds the draws of all members.
-        unused: as for ``value_and_grad``. Inside a graph a parameter that the loss does not use cannot be told from one
-            whose gradient is zero, and "error" finds it outside only.
+        unused: "error" or "zero", as for ``value_and_grad``. Inside a graph a parameter that the loss does not use cannot
+            be told from one whose gradient is zero, and "error" finds it outside only.
         scale: as for ``value_and_grad``.
         mean: as for ``value_and_grad``.
 
@@ -132,7 +132,7 @@ def member_value_and_grad(
         >>> member_value_and_grad(loss)(state, torch.ones(3, 2)).grads["weight"]
         tensor([[3., 3.]])
     """
-    check_unused(unused)
+    check_unused(unused, ("error", "zero"))
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         names, params = list(tree.named(state.params)), tree.leaves(state.params)
