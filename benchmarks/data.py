@@ -1,27 +1,39 @@
-"""``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader and beside reading a file.
+"""``python -m benchmarks.data --json FILE``: loading, beside torch's DataLoader, transformers' Trainer and the disk.
 
-- Rows of an arrow table (four columns of numbers) in shuffled batches of 32: ``Loader`` beside
-  ``torch.utils.data.DataLoader`` with its default collate, on the same ``datasets.Dataset`` in the format "torch": row
-  by row, and with the batched fetch that ``datasets`` offers to it.
-- The time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
-- A whole file of tokens, which the system has in memory, beside reading the same bytes in pieces of the same size.
+- "arrow": rows of an arrow table (four columns of numbers) in shuffled batches of 32: ``Loader`` beside
+  ``torch.utils.data.DataLoader`` with its default collate on the same ``datasets.Dataset`` in the format "torch", row
+  by row and with the batched fetch that ``datasets`` offers to it, and beside what
+  ``transformers.Trainer.get_train_dataloader`` makes of the same dataset. Lightning takes a DataLoader as it is.
+- "resuming": the time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
+  "resuming_peer": the same for the Trainer's loader, skipped forward as it does it (``accelerate.skip_first_batches``),
+  at 0, 10^3 and 10^4 batches of a table: it passes by each batch before, and its sampler makes a list of all rows.
+- "disk" and "memory": a whole arrow file of 1 GiB, rows of 1,024 tokens of 32 bits, from opening it to the last batch
+  of 32, beside reading the same file in pieces of 1 MiB. For "disk" the file is dropped from the system's memory before
+  each turn, and it is checked that it is gone; for "memory" it is all there.
 
-The ways take turns in every round; printed are medians and ratios.
+The ways take turns in every round; printed are medians and ratios. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import importlib.util
 import json
+import mmap
+import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -31,14 +43,18 @@ from trainkit.io.data.batching import WINDOW_ROWS
 
 ROWS, BATCH, BATCHES = 100_000, 32, 300
 SEQ_LEN, FILE_ROWS = 16, 33_000_000
-READ_LEN, READ_BATCH = 1024, 64
-POSITIONS = (0, 10**3, 10**6)
+POSITIONS, PEER_POSITIONS = (0, 10**3, 10**6), (0, 10**3, 10**4)
+TOKENS, TOKEN_ROWS, PIECE = 1024, 1 << 18, 1 << 20
+RESIDENT = 0.01
+"""Share of a dropped file that may still be in memory."""
+
+Ways = dict[str, Callable[[], float]]
 
 
-def arrow_rows() -> Dataset:
+def numbers(rows: int) -> Dataset:
     g = np.random.default_rng(0)
-    columns = {"x": g.standard_normal(ROWS), "y": g.standard_normal(ROWS), "n": g.integers(0, 9, ROWS)}
-    return Dataset.from_dict({**columns, "label": g.integers(0, 2, ROWS)})
+    columns = {"x": g.standard_normal(rows), "y": g.standard_normal(rows), "n": g.integers(0, 9, rows)}
+    return Dataset.from_dict({**columns, "label": g.integers(0, 2, rows)})
 
 
 class RowByRow(TorchDataset[Any]):
@@ -54,20 +70,42 @@ class RowByRow(TorchDataset[Any]):
         return self.data[index]
 
 
+def trainer_loader(data: Dataset, folder: Path) -> Callable[[], Any] | None:
+    """Makes the loader that transformers' Trainer trains on."""
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers: not installed, left out")
+        return None
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        use_cpu=True,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+    make: Callable[[], Any] = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data).get_train_dataloader
+    return make
+
+
 def drained(batches: Any, number: int | None = None) -> None:
     for _ in islice(batches, number):
         pass
 
 
-def of_arrow(rounds: int) -> dict[str, list[float]]:
-    data = arrow_rows()
+def of_arrow(folder: Path, rounds: int) -> dict[str, list[float]]:
+    data = numbers(ROWS)
     batched = DataLoader(data.with_format("torch"), batch_size=BATCH, shuffle=True)
     single = DataLoader(RowByRow(data.with_format("torch")), batch_size=BATCH, shuffle=True)
-    ways = {
+    ways: Ways = {
         "DataLoader, row by row": lambda: seconds(lambda: drained(single, BATCHES)),
         "DataLoader, batched": lambda: seconds(lambda: drained(batched, BATCHES)),
-        "Loader": lambda: seconds(lambda: drained(iter(Loader(data, batch_size=BATCH)), BATCHES)),
+        "Loader": lambda: seconds(lambda: drained(Loader(data, batch_size=BATCH), BATCHES)),
     }
+    make = trainer_loader(data, folder)
+    if make is not None:
+        theirs = make()
+        ways["transformers.Trainer"] = lambda: seconds(lambda: drained(theirs, BATCHES))
     return in_turns(ways, rounds)
 
 
@@ -77,49 +115,110 @@ def of_resuming(folder: Path, rounds: int) -> dict[str, list[float]]:
     np.memmap(path, dtype=np.uint8, mode="w+", shape=(FILE_ROWS * SEQ_LEN + 1,)).flush()
     fresh = Loader(TokenFile(path, SEQ_LEN, dtype="uint8"), batch_size=BATCH).state_dict()
 
-    def first(position: int) -> float:
-        def resumed() -> None:
-            loader = Loader(TokenFile(path, SEQ_LEN, dtype="uint8"), batch_size=BATCH)
-            windows, within = divmod(position, WINDOW_ROWS // BATCH)
-            loader.load_state_dict(fresh | {"batch": position, "total": position, "window": windows, "within": within})
-            next(iter(loader))
+    def first(position: int) -> None:
+        loader = Loader(TokenFile(path, SEQ_LEN, dtype="uint8"), batch_size=BATCH)
+        windows, within = divmod(position, WINDOW_ROWS // BATCH)
+        loader.load_state_dict(fresh | {"batch": position, "total": position, "window": windows, "within": within})
+        next(iter(loader))
 
-        return seconds(resumed)
-
-    return in_turns({f"batch {position}": partial(first, position) for position in POSITIONS}, rounds)
+    return in_turns({f"batch {at}": partial(seconds, partial(first, at)) for at in POSITIONS}, rounds)
 
 
-def of_reading(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """A file that is in memory already, so that the disk does not hide the work."""
-    path, size = folder / "tokens.bin", READ_LEN * READ_BATCH * 1000
-    path.write_bytes(np.random.default_rng(0).bytes(size + 1))
+def of_peer_resuming(folder: Path, rounds: int) -> dict[str, list[float]]:
+    make = trainer_loader(numbers((max(PEER_POSITIONS) + 1) * BATCH), folder)
+    if make is None:
+        return {}
+    from accelerate import skip_first_batches  # type: ignore[import-untyped]
 
-    def read() -> None:
-        with path.open("rb", buffering=0) as file:
-            while torch.frombuffer(bytearray(file.read(READ_LEN * READ_BATCH)), dtype=torch.uint8).numel() > 1:
-                pass
+    def first(position: int) -> None:
+        next(iter(skip_first_batches(make(), position)))
 
-    def loaded() -> None:
-        drained(iter(Loader(TokenFile(path, READ_LEN, dtype="uint8"), batch_size=READ_BATCH, shuffle=False)))
+    return in_turns({f"batch {at}": partial(seconds, partial(first, at)) for at in PEER_POSITIONS}, rounds)
 
-    return in_turns({"read": partial(seconds, read), "Loader": partial(seconds, loaded)}, rounds)
+
+def written(folder: Path) -> Path:
+    """The arrow file, all of it on the disk."""
+    values = np.random.default_rng(0).integers(0, 50_000, TOKENS * TOKEN_ROWS, dtype=np.int32)
+    offsets = np.arange(0, len(values) + 1, TOKENS, dtype=np.int32)
+    table = pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})
+    Dataset(table).save_to_disk(folder, num_shards=1)
+    (path,) = folder.glob("*.arrow")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+def resident(path: Path) -> float:
+    """The share of a file's pages that are in the system's memory."""
+    view = np.memmap(path, mode="r")
+    pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+    address = ctypes.c_void_p(view.ctypes.data)
+    if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(len(view)), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return float((np.ctypeslib.as_array(pages) & 1).mean())
+
+
+def dropped(path: Path) -> None:
+    # Pages that are mapped anywhere stay.
+    gc.collect()
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    share = resident(path)
+    if share > RESIDENT:
+        raise RuntimeError(f"{path}: {share:.0%} of it stayed in memory; give --folder on a disk")
+
+
+def read(path: Path) -> None:
+    piece = bytearray(PIECE)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(piece):
+            pass
+
+
+def of_file(folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+    path = written(folder)
+
+    def loaded(shuffle: bool) -> None:
+        drained(Loader(load_from_disk(str(path.parent)), batch_size=BATCH, shuffle=shuffle))
+
+    actions = {
+        "read": partial(read, path),
+        "Loader, in order": partial(loaded, False),
+        "Loader, shuffled": partial(loaded, True),
+    }
+
+    def turn(prepare: Callable[[Path], None], action: Callable[[], None]) -> float:
+        prepare(path)
+        return seconds(action)
+
+    return {
+        "disk": in_turns({name: partial(turn, dropped, action) for name, action in actions.items()}, rounds),
+        "memory": in_turns({name: partial(turn, read, action) for name, action in actions.items()}, rounds),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file that the results are written to")
     parser.add_argument("--rounds", type=int, default=9, help="how often each way is measured")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk that is measured; left as it was"
+    )
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder, rounds = Path(name), arguments.rounds
         parts = {
-            "arrow": of_arrow(arguments.rounds),
-            "resuming": of_resuming(Path(name), arguments.rounds),
-            "reading": of_reading(Path(name), arguments.rounds),
+            "arrow": of_arrow(folder, rounds),
+            "resuming": of_resuming(folder, rounds),
+            "resuming_peer": of_peer_resuming(folder, rounds),
+            **of_file(folder / "arrow", rounds),
         }
-    report: dict[str, Any] = {"environment": environment("benchmarks.data"), "rounds": arguments.rounds}
+    report: dict[str, Any] = {"environment": environment("benchmarks.data"), "rounds": rounds}
     for part, times in parts.items():
-        peer, *others = times
-        report |= published(part, times, [(way, peer) for way in others])
+        if times:
+            peer, *others = times
+            report |= published(part, times, [(way, peer) for way in others])
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

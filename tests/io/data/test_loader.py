@@ -426,6 +426,25 @@ def test_batches_go_to_their_device_one_ahead() -> None:
     assert loader.num_taken == 3
 
 
+class Unmovable(torch.Tensor):
+    """A batch that the device has no room for."""
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("no room")
+
+
+def test_a_batch_that_the_device_refuses_is_told_of_after_the_one_before_it() -> None:
+    def collate(rows: list[int]) -> torch.Tensor:
+        return torch.zeros(len(rows)).as_subclass(Unmovable if 4 in rows else torch.Tensor)
+
+    loader = Loader(list(range(8)), batch_size=2, shuffle=False, collate=collate, device="meta")
+    batches = iter(loader)
+    assert [next(batches).device.type for _ in range(2)] == ["meta", "meta"]
+    with pytest.raises(RuntimeError, match="no room"):
+        next(batches)
+    assert loader.num_taken == 2
+
+
 def test_mappings_of_transformers_are_plain() -> None:
     from transformers import BatchEncoding
 

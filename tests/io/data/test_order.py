@@ -1,4 +1,5 @@
 import math
+import resource
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_all_permutations_of_few_rows_come_equally_often(num_rows: int) -> None:
     repeats = 20 * math.factorial(num_rows)
     seen: dict[tuple[int, ...], int] = {}
     for epoch in range(repeats):
-        order = tuple(permuted(torch.arange(num_rows), num_rows, seed=1, epoch=epoch).tolist())
+        order = tuple(RowOrder(num_rows, seed=1, shuffle=True).at(epoch, 0, num_rows).tolist())
         seen[order] = seen.get(order, 0) + 1
     counts = torch.zeros(math.factorial(num_rows), dtype=torch.float64)
     counts[: len(seen)] = torch.tensor(list(seen.values()), dtype=torch.float64)
@@ -86,6 +87,16 @@ def test_parts_of_an_order_are_those_of_the_whole(num_rows: int, shuffle: bool) 
     assert len(whole.unique()) == len(whole)
     assert shuffle or torch.equal(whole, torch.arange(start, num_rows))
     assert not shuffle or not torch.equal(order.at(3, start, num_rows), whole)
+
+
+def test_a_billion_rows_are_ordered_in_constant_memory() -> None:
+    # A permutation of them would be 8 GB.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    order = RowOrder(10**9, seed=1, shuffle=True)
+    for epoch in range(2):
+        for start in range(0, 10**9, 10**8):
+            assert len(order.at(epoch, start, start + 4096)) == 4096
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
 def test_few_rows_are_in_the_order_of_a_random_permutation() -> None:

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from trainkit.io.data.ragged import Ragged
+from trainkit.io.data.chunks import ListColumn, NumberColumn
+from trainkit.io.data.ragged import from_arrow, is_list, is_number
 
 _SCAN_ROWS = 10_000
 
@@ -24,6 +25,9 @@ class ArrowRows:
     (``with_format``, ``with_transform``), or columns that are decoded (images, audio), gives what ``dataset[indices]``
     gives.
 
+    Columns of numbers and of lists of numbers without a null are copied straight out of Arrow's memory, which is the
+    file itself where the dataset is mapped; all others are gathered by ``datasets``.
+
     Args:
         dataset: the dataset.
 
@@ -35,30 +39,58 @@ class ArrowRows:
 
     def __init__(self, dataset: Any) -> None:
         self._as_given = dataset.format["type"] is not None or _is_decoded(dataset)
-        self._dataset = dataset if self._as_given else dataset.with_format("arrow")
+        self.is_pure = False
+        self._dataset = dataset
+        self._direct: dict[str, NumberColumn | ListColumn] = {}
+        self._rest: Any = None
+        self._selected: NumberColumn | None = None
+        if not self._as_given:
+            self._open()
 
     @property
     def num_rows(self) -> int:
         return len(self._dataset)
 
     def fetch(self, indices: Sequence[int]) -> Any:
-        first, last = indices[0], indices[-1]
-        # A range is one slice of the file. The last row tells cheaply that it cannot be one.
-        in_turn = last - first == len(indices) - 1 and list(indices) == list(range(first, last + 1))
-        rows = self._dataset[range(first, last + 1) if in_turn else list(indices)]
-        return rows if self._as_given else table_columns(rows)
+        if self._as_given:
+            return self._dataset[_range_of(indices)]
+        rows = np.asarray(indices, dtype=np.int64)
+        if self._selected is not None:
+            rows = self._selected.take(rows).numpy().astype(np.int64)
+        rest = {} if self._rest is None else table_columns(self._rest[_range_of(indices)])
+        return {
+            name: self._direct[name].take(rows) if name in self._direct else rest[name]
+            for name in self._dataset.column_names
+        }
+
+    def _open(self) -> None:
+        table, names = self._dataset.data, self._dataset.column_names
+        direct = {name: _direct_column(table.column(name)) for name in names}
+        self._direct = {name: column for name, column in direct.items() if column is not None}
+        others = [name for name in names if name not in self._direct]
+        if others:
+            self._rest = self._dataset.select_columns(others).with_format("arrow")
+        self.is_pure = all(_has_one_form(table.column(name)) for name in others)
+        # What `select` and `shuffle` of datasets leave in place of copied rows: the number of each row in the table.
+        if self._dataset._indices is not None:
+            self._selected = NumberColumn(self._dataset._indices.column(0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A dataset in a file travels to another process by name; views of its memory would be copies.
+        return {"dataset": self._dataset}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["dataset"])  # type: ignore[misc]
 
 
 def table_columns(table: pa.Table) -> dict[str, Any]:
-    """The columns of an Arrow table: tensors, :class:`~trainkit.io.data.ragged.Ragged`, or lists of Python values.
-
-    A column with a null in it becomes a list, whose None a collator can name.
+    """The columns of an Arrow table, each as :func:`~trainkit.io.data.ragged.from_arrow` gives it.
 
     Example:
         >>> table_columns(pa.table({"x": [1.5, 2.5], "text": ["a", "b"]}))
         {'x': tensor([1.5000, 2.5000], dtype=torch.float64), 'text': ['a', 'b']}
     """
-    return {name: _column(table.column(name).combine_chunks()) for name in table.column_names}
+    return {name: from_arrow(table.column(name)) for name in table.column_names}
 
 
 def list_lengths(dataset: Any, column: str) -> Tensor:
@@ -85,79 +117,54 @@ def list_lengths(dataset: Any, column: str) -> Tensor:
 
 
 def _lengths(array: Any, column: str) -> Tensor:
+    kind = array.type
     if array.null_count:
         raise ValueError(f"lengths: column {column!r} has {array.null_count} nulls, expected a value in each row")
-    if pa.types.is_integer(array.type):
-        return _tensor(array).to(torch.int64)
-    if not _is_list(array.type) and not pa.types.is_string(array.type) and not pa.types.is_large_string(array.type):
-        raise ValueError(f"lengths: column {column!r} holds {array.type}, expected lists, text or integers")
-    counted = pc.list_value_length(array) if _is_list(array.type) else pc.utf8_length(array)
-    return _tensor(counted).to(torch.int64)
+    if not is_list(kind) and not pa.types.is_integer(kind) and not _is_text(kind):
+        raise ValueError(f"lengths: column {column!r} holds {kind}, expected lists, text or integers")
+    counted = pc.list_value_length(array) if is_list(kind) else pc.utf8_length(array) if _is_text(kind) else array
+    lengths: Tensor = from_arrow(counted).to(torch.int64)
+    return lengths
 
 
-def _column(array: Any) -> Any:
-    if isinstance(array.type, pa.ExtensionType):
-        return _extension(array)
-    if array.null_count == 0:
-        if _is_number(array.type):
-            return _tensor(array)
-        if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-            values = _dense(_elements(array))
-            if values is not None:
-                return Ragged(values, _offsets(array))
-        dense = _dense(array)
-        if dense is not None:
-            return dense
-    return array.to_pylist()
-
-
-def _extension(array: Any) -> Any:
-    """Arrays of datasets (Array2D and so on) know how they become an array of NumPy, of objects if rows differ."""
-    values = array.to_numpy(zero_copy_only=False)
-    return array.to_pylist() if values.dtype == object else torch.from_numpy(np.array(values))
-
-
-def _dense(array: Any) -> Tensor | None:
-    """A tensor with one row for each element, or None if their shapes differ or they are no numbers."""
-    if array.null_count:
+def _direct_column(column: pa.ChunkedArray) -> NumberColumn | ListColumn | None:
+    """A column that can be copied as it lies in memory; None for any other."""
+    kind = column.type
+    if column.null_count or not len(column):
         return None
-    if _is_number(array.type):
-        return _tensor(array)
-    if not _is_list(array.type) or not len(array):
+    if _lies_plain(kind):
+        return NumberColumn(column)
+    if not is_list(kind) or not _lies_plain(kind.value_type) or any(c.values.null_count for c in column.chunks):
         return None
-    values = _dense(_elements(array))
-    if values is None or len(values) % len(array):
-        return None
-    width = len(values) // len(array)
-    if not pa.types.is_fixed_size_list(array.type) and bool((_offsets(array).diff() != width).any()):
-        return None
-    return values.reshape(len(array), width, *values.shape[1:])
+    return NumberColumn(column) if pa.types.is_fixed_size_list(kind) else ListColumn(column)
 
 
-def _elements(array: Any) -> Any:
-    """The elements of all lists of an array, which may be a slice of a longer one."""
-    if pa.types.is_fixed_size_list(array.type):
-        return array.flatten()
-    first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-    return array.values.slice(first, last - first)
+def _has_one_form(column: pa.ChunkedArray) -> bool:
+    """Whether :func:`~trainkit.io.data.ragged.from_arrow` surely makes the same of any of its rows: text, or booleans
+    of which none is null. Of others some rows may give a tensor and some a list."""
+    kind = column.type
+    return _is_text(kind) or _is_bytes(kind) or (pa.types.is_boolean(kind) and not column.null_count)
 
 
-def _offsets(array: Any) -> Tensor:
-    offsets = torch.from_numpy(np.array(array.offsets, dtype=np.int64))
-    return offsets - offsets[0]
+def _lies_plain(kind: Any) -> bool:
+    # Booleans are bits in Arrow.
+    return is_number(kind) and not pa.types.is_boolean(kind)
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _is_number(kind: Any) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+def _is_bytes(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _tensor(array: Any) -> Tensor:
-    # Arrow's memory may be a read-only file, which torch cannot express: one copy.
-    return torch.from_numpy(np.array(array.to_numpy(zero_copy_only=False)))
+def _range_of(indices: Sequence[int]) -> Any:
+    """Rows as a range if they are one, which is a slice of the file for ``datasets``."""
+    first, last = indices[0], indices[-1]
+    # The last row tells cheaply that it cannot be one.
+    in_turn = last - first == len(indices) - 1 and list(indices) == list(range(first, last + 1))
+    return range(first, last + 1) if in_turn else list(indices)
 
 
 def _is_decoded(dataset: Any) -> bool:

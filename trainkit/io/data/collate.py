@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainkit import rng
 from trainkit.io.data.errors import BatchError
-from trainkit.io.data.ragged import Columns, Ragged, as_columns, as_ragged
+from trainkit.io.data.ragged import Columns, Ragged, as_columns, as_ragged, from_arrow
 from trainkit.io.data.stacking import stack
 
 Side = Literal["left", "right"]
@@ -290,7 +290,7 @@ def _width(column: Ragged, length: int | None, multiple: int | None, name: str) 
 def _stacked(column: Any, name: str) -> Tensor:
     """A column of equal rows as a tensor."""
     if isinstance(column, (pa.Array, pa.ChunkedArray)):
-        column = as_ragged(column, name) if pa.types.is_nested(column.type) else column.to_numpy()
+        column = from_arrow(column)
     elif isinstance(column, (range, tuple)):
         column = list(column)
     try:

@@ -31,8 +31,7 @@ def one_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     waiting: Arrival | None = None
     while True:
-        item, error = _next(items)
-        sent = _sent(item, device, copies) if isinstance(item, Loaded) else None
+        item, sent, error = _next(items, device, copies)
         if waiting is not None:
             yield waiting()
         waiting = sent
@@ -44,20 +43,26 @@ def one_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
             yield item
 
 
-def _next(items: Iterator[Item]) -> tuple[Item | None, Exception | None]:
+def _next(
+    items: Iterator[Item], device: torch.device, copies: torch.cuda.Stream | None
+) -> tuple[Item | None, Arrival | None, Exception | None]:
+    """The next item, on its way to the device if it has a batch, or what went wrong."""
     try:
-        return next(items, None), None
+        item = next(items, None)
+        return item, _sent(item, device, copies) if isinstance(item, Loaded) else None, None
     except Exception as error:
-        return None, error
+        return None, None, error
 
 
 def _sent(item: Loaded, device: torch.device, copies: torch.cuda.Stream | None) -> Arrival:
     if copies is None:
         moved = Loaded(item.after, _mapped(lambda t: t.to(device), item.batch), item.where)
         return lambda: moved
-    pinned = _mapped(lambda t: t if t.is_cuda or t.is_pinned() else t.pin_memory(), item.batch)
+    # Page-locked memory is not given away before the copy from it is done: torch's allocator of it keeps account.
+    # What a collator made on a GPU is moved in the loop's stream, which it was made in.
+    host = _mapped(lambda t: t.to(device) if t.is_cuda else t if t.is_pinned() else t.pin_memory(), item.batch)
     with torch.cuda.stream(copies):
-        batch = _mapped(lambda t: t.to(device, non_blocking=True), pinned)
+        batch = _mapped(lambda t: t.to(device, non_blocking=True), host)
         copied = copies.record_event()
 
     def arrive() -> Loaded:

@@ -20,13 +20,13 @@ from trainkit.io.data.assemble import (
     Maker,
     Note,
     check_budget,
-    load,
     stream_items,
     tasks,
 )
 from trainkit.io.data.batching import WINDOW_ROWS, Batching, Windows, rounded_window
 from trainkit.io.data.device import one_ahead
 from trainkit.io.data.errors import BatchError, DataWarning
+from trainkit.io.data.groups import in_groups
 from trainkit.io.data.order import order_of
 from trainkit.io.data.position import Limit, Position, from_json, to_json
 from trainkit.io.data.sources import Source, as_source, lengths_of
@@ -44,7 +44,9 @@ class Loader:
     the numbers of workers, prefetched batches and ranks are there.
 
     Map-style data (see :func:`~trainkit.io.data.sources.as_source`): the order is a function of (seed, epoch), so going
-    on at batch one million costs what starting costs. Streams (see :class:`~trainkit.io.data.streams.IterableRows`) go
+    on at batch one million costs what starting costs. Where the data only lie there (arrow, columns, lists, files of
+    tokens) and no workers are asked for, up to 32 batches are read at once: they share memory, though no element, and
+    one that is kept keeps up to 4 MiB. Streams (see :class:`~trainkit.io.data.streams.IterableRows`) go
     on from their own state where they have one. They are shuffled within windows of rows, and a position inside of a
     window reads that window again. One process reads a stream, however many workers there are, since it is one
     sequence.
@@ -70,7 +72,7 @@ class Loader:
         collate: rows (a list) or columns (a mapping, a tuple) to a tree of tensors. By default
             :func:`~trainkit.io.data.stacking.stack`, which pads nothing. It may have an argument ``position``, which is
             then (epoch, batch), and the rank where there are several.
-        workers: processes that load; 0 loads in the loop itself.
+        workers: processes that load; 0 loads in the loop itself. A stream is read by one.
         prefetch: batches that each worker loads ahead.
         device: where batches go, copied one ahead; None leaves them in host memory.
         rank: of this process, from 0. It gets its part of each batch; the parts of all ranks are the batch of one rank.
@@ -133,6 +135,7 @@ class Loader:
             self._windows = _windows(source, data, lengths, self._batching)
         self._position = Position()
         self._form: Any = None
+        self._seen: Any = None
         self._running: object = None
 
     @property
@@ -227,7 +230,7 @@ class Loader:
             assert self._source is not None
             todo = tasks(self._windows, self._position, limit, self._maker)
             if not self._workers:
-                return (load(self._source, self._maker, task) for task in todo)
+                return in_groups(self._source, self._maker, todo)
             items: MapItems | StreamItems = MapItems(self._source, self._maker)
             return in_processes(items, todo, workers=self._workers, prefetch=self._prefetch)
         read = functools.partial(
@@ -240,6 +243,10 @@ class Loader:
     def _check_form(self, item: Loaded) -> None:
         if not self._uniform:
             return
+        # Paths in a tree cost more than many a batch; most are like the one before.
+        outline = _outline(item.batch)
+        if outline is not None and outline == self._seen:
+            return
         form = {pytree.keystr(path): _form(leaf) for path, leaf in pytree.tree_flatten_with_path(item.batch)[0]}
         if self._form is None:
             self._form = form
@@ -250,6 +257,7 @@ class Loader:
                 f"key {keys[0]}: expected {expected} as in the first batch, found {found} ({item.where}); make batches "
                 "alike, or give uniform=False"
             )
+        self._seen = outline
 
 
 def _windows(source: Source, data: Any, lengths: Any, batching: Batching) -> Windows:
@@ -302,6 +310,13 @@ def _length_function(lengths: Any, batching: Batching) -> Callable[[Any], int] |
 def _length_in(column: str, row: Any) -> int:
     value = row[column]
     return value if isinstance(value, int) else len(value)
+
+
+def _outline(batch: Any) -> Any:
+    """Enough of a plain mapping of tensors to tell that another one has the same form; None for other trees."""
+    if type(batch) is not dict or not all(isinstance(leaf, Tensor) for leaf in batch.values()):
+        return None
+    return [(name, leaf.dtype, leaf.dim()) for name, leaf in batch.items()]
 
 
 def _form(leaf: Any) -> str:

@@ -14,7 +14,7 @@ from trainkit import rng
 from trainkit.io.data.batching import Order
 from trainkit.io.data.errors import BatchError, RowError, explained
 from trainkit.io.data.order import order_of
-from trainkit.io.data.ragged import Ragged
+from trainkit.io.data.ragged import Ragged, offsets_of
 from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source, as_source, lengths_of
 from trainkit.io.data.streams import Stream, as_stream
@@ -385,8 +385,7 @@ def _joined_column(columns: list[Any], order: Tensor) -> Any:
 def _reordered(columns: list[Ragged], order: Tensor) -> Ragged:
     rows = [row for column in columns for row in as_rows(column)]
     lengths = torch.cat([column.lengths for column in columns])[order]
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Ragged(torch.cat([rows[i] for i in order.tolist()]), offsets)
+    return Ragged(torch.cat([rows[i] for i in order.tolist()]), offsets_of(lengths))
 
 
 def _counts(names: list[str], weights: Any) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -61,6 +62,56 @@ class Ragged:
         """int64 [R], elements per row."""
         return self.offsets.diff()
 
+    def part(self, start: int, stop: int) -> Ragged:
+        """Rows ``start`` to ``stop`` - 1, in the same memory."""
+        offsets = self.offsets[start : stop + 1]
+        first = int(offsets[0])
+        return Ragged(self.values[first : int(offsets[-1])], offsets - first)
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Where rows of these lengths begin, and where the last one ends: int64 [R + 1].
+
+    Example:
+        >>> offsets_of(torch.tensor([2, 0, 1]))
+        tensor([0, 2, 2, 3])
+    """
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def from_arrow(column: Any) -> Any:
+    """An Arrow column as a tensor, a :class:`Ragged`, or a list of Python values.
+
+    Numbers become a tensor, lists of numbers a :class:`Ragged`, lists of a fixed size and arrays of ``datasets`` a
+    tensor. A column with a null in it becomes a list, whose None a collator can name; so does text.
+
+    Args:
+        column: an array, or one in parts.
+
+    Example:
+        >>> from_arrow(pa.array([1, 2])), from_arrow(pa.array([[1], [2, 3]])).offsets, from_arrow(pa.array(["a", None]))
+        (tensor([1, 2]), tensor([0, 1, 3]), ['a', None])
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array.type, pa.ExtensionType):
+        return _extension(array)
+    if is_list(array.type) and not pa.types.is_fixed_size_list(array.type) and not array.null_count:
+        values = _dense(_elements(array))
+        if values is not None:
+            return Ragged(values, _list_offsets(array))
+    dense = _dense(array)
+    return array.to_pylist() if dense is None else dense
+
+
+def is_list(kind: Any) -> bool:
+    """Whether an Arrow type is one of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def is_number(kind: Any) -> bool:
+    """Whether an Arrow type is one of numbers."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
 
 def as_ragged(column: Any, name: str = "column") -> Ragged:
     """A column as flat values and offsets; numbers are moved as arrays, never one by one in Python.
@@ -81,7 +132,7 @@ def as_ragged(column: Any, name: str = "column") -> Ragged:
     if isinstance(column, Ragged):
         return column
     if isinstance(column, (pa.Array, pa.ChunkedArray)):
-        return _from_arrow(column, name)
+        return _lists(column, name)
     if isinstance(column, np.ndarray) and column.dtype == object:
         return _from_sequence(list(column), name)
     if isinstance(column, (Tensor, np.ndarray)):
@@ -143,44 +194,73 @@ def _from_sequence(column: Sequence[Any], name: str) -> Ragged:
         if any(t.dim() < 1 for t in tensors):
             raise BatchError(f"{name}: got a number, expected a sequence for each row")
         lengths = torch.tensor([len(t) for t in tensors])
-        return Ragged(torch.cat(tensors), _offsets(lengths))
+        return Ragged(torch.cat(tensors), offsets_of(lengths))
     try:
         listed = pa.array(column)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise BatchError(f"{name}: {error}; expected a list of numbers for each row") from None
-    found = _from_arrow(listed, name)
+    found = _lists(listed, name)
     if found.values.dtype == torch.float64:
         # Python floats have no width of their own.
         return Ragged(found.values.to(torch.get_default_dtype()), found.offsets)
     return found
 
 
-def _from_arrow(column: Any, name: str) -> Ragged:
-    """Lists of Arrow; a slice of a longer column keeps its own part only."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    kind = array.type
-    if pa.types.is_fixed_size_list(kind):
-        array = array.cast(pa.list_(kind.value_type))
-    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise BatchError(f"{name}: got an Arrow column of {kind}, expected lists of numbers")
+def _lists(column: Any, name: str) -> Ragged:
+    """An Arrow column of lists of numbers."""
+    found = from_arrow(column)
+    if isinstance(found, Ragged):
+        return found
+    if isinstance(found, Tensor) and found.dim() > 1:
+        return _from_dense(found, name)
+    raise BatchError(f"{name}: {_why_no_lists(column)}")
+
+
+def _why_no_lists(column: Any) -> str:
+    kind = column.type
+    if not is_list(kind):
+        return f"got an Arrow column of {kind}, expected lists of numbers"
+    if column.null_count:
+        return f"{column.null_count} of {len(column)} rows are null, expected a sequence for each row"
+    if not is_number(kind.value_type):
+        return f"got sequences of {kind.value_type}, expected sequences of numbers"
+    return f"{pc.list_flatten(column).null_count} of its numbers are null, expected none"
+
+
+def _extension(array: Any) -> Any:
+    """Arrays of datasets (Array2D and so on) know how they become an array of NumPy, of objects if rows differ."""
+    values = array.to_numpy(zero_copy_only=False)
+    return array.to_pylist() if values.dtype == object else torch.from_numpy(np.array(values))
+
+
+def _dense(array: Any) -> Tensor | None:
+    """A tensor with one row for each element, or None if their shapes differ or they are no numbers."""
+    if pa.types.is_null(array.type) and not len(array):
+        return torch.empty(0, dtype=torch.int64)
     if array.null_count:
-        raise BatchError(f"{name}: {array.null_count} of {len(array)} rows are null, expected a sequence for each row")
+        return None
+    if is_number(array.type):
+        # Arrow's memory may be a read-only file, which torch cannot express: one copy.
+        return torch.from_numpy(np.array(array.to_numpy(zero_copy_only=False)))
+    if not is_list(array.type) or not len(array):
+        return None
+    values = _dense(_elements(array))
+    if values is None or len(values) % len(array):
+        return None
+    width = len(values) // len(array)
+    if not pa.types.is_fixed_size_list(array.type) and bool((_list_offsets(array).diff() != width).any()):
+        return None
+    return values.reshape(len(array), width, *values.shape[1:])
+
+
+def _elements(array: Any) -> Any:
+    """The elements of all lists of an array, which may be a slice of a longer one."""
+    if pa.types.is_fixed_size_list(array.type):
+        return array.flatten()
+    first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+    return array.values.slice(first, last - first)
+
+
+def _list_offsets(array: Any) -> Tensor:
     offsets = torch.from_numpy(np.array(array.offsets, dtype=np.int64))
-    first, last = int(offsets[0]), int(offsets[-1])
-    return Ragged(_numbers(array.values.slice(first, last - first), name), offsets - first)
-
-
-def _numbers(array: pa.Array, name: str) -> Tensor:
-    if pa.types.is_null(array.type):
-        array = pa.array([], pa.int64())
-    kind = array.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise BatchError(f"{name}: got sequences of {kind}, expected sequences of numbers")
-    if array.null_count:
-        raise BatchError(f"{name}: {array.null_count} of its numbers are null, expected none")
-    # Arrow's memory may be a read-only file, which torch cannot express: one copy.
-    return torch.from_numpy(np.array(array.to_numpy(zero_copy_only=False)))
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return offsets - offsets[0]

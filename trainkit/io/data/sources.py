@@ -22,6 +22,9 @@ class Source(Protocol):
 
     ``fetch`` gives rows in one of two forms: columns (a mapping or a tuple, whose entries hold a value per row: a
     tensor, an array, a list, a :class:`~trainkit.io.data.ragged.Ragged`; or one tensor), or a list of rows.
+
+    A source may say of itself ``is_pure = True``: reading rows runs nobody's code but the source's, draws nothing, and
+    gives values of the same form whichever rows are read together. Then the loader reads those of many batches at once.
     """
 
     @property
@@ -44,6 +47,8 @@ class ColumnRows:
         >>> ColumnRows({"x": torch.arange(4) * 10, "name": ["a", "b", "c", "d"]}).fetch([2, 0])
         {'x': tensor([20,  0]), 'name': ['c', 'a']}
     """
+
+    is_pure = True
 
     def __init__(self, columns: Any) -> None:
         named = columns if isinstance(columns, Mapping) else dict(enumerate(_entries(columns)))
@@ -78,6 +83,7 @@ class ItemRows:
 
     def __init__(self, items: Any) -> None:
         self._items = items
+        self.is_pure = type(items) in (list, tuple)
 
     @property
     def num_rows(self) -> int:
@@ -126,6 +132,8 @@ class TokenFile:
                 [0, 1, 2, 3]])}
     """
 
+    is_pure = True
+
     def __init__(
         self, path: Path | str, seq_len: int, *, dtype: str | None = None, overlap: int = 1, name: str = "input_ids"
     ) -> None:
@@ -143,8 +151,9 @@ class TokenFile:
         return self._num_rows
 
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        starts = np.asarray(indices, dtype=np.int64)[:, None] * self._seq_len
-        return {self._name: torch.from_numpy(self._tokens[starts + np.arange(self._width)].astype(np.int64))}
+        starts = np.asarray(indices, dtype=np.int64) * self._seq_len
+        rows = np.lib.stride_tricks.sliding_window_view(self._tokens, self._width)[starts]
+        return {self._name: torch.from_numpy(rows.astype(np.int64, copy=False))}
 
     @property
     def _width(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainkit.io.data.errors import BatchError
-from trainkit.io.data.ragged import Ragged
+from trainkit.io.data.ragged import Ragged, as_tensor
 
 
 def stack(rows: Any) -> Any:
@@ -100,8 +100,8 @@ def _tensor(value: Any, key: str, row: int) -> Tensor:
 
 def _from_array(array: np.ndarray[Any, Any], key: str, row: int | None = None) -> Tensor:
     try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
-    except TypeError:
+        return as_tensor(array)
+    except (TypeError, BatchError):
         raise BatchError(f"{_said(key)}: expected numbers, found an array of {array.dtype}", row) from None
 
 

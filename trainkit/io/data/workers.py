@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data._utils import worker as torch_worker
 
 from trainkit.io.data.assemble import Failed, Item, Loaded, Maker, Task, load
 from trainkit.io.data.errors import LoadError
@@ -49,6 +50,9 @@ class MapItems(Dataset[Item]):
 class StreamItems(IterableDataset[Item]):
     """Batches in turn: the dataset that the one worker process of a stream sees.
 
+    To the stream it is no worker but the process that reads everything, as the loop would be: a stream that is told of
+    a worker may take a part of the rows, and one of ``datasets`` that is shuffled draws another order.
+
     Args:
         read: starts the reading.
     """
@@ -57,6 +61,7 @@ class StreamItems(IterableDataset[Item]):
         self._read = read
 
     def __iter__(self) -> Iterator[Item]:
+        torch_worker._worker_info = None
         return map(_portable, self._read())
 
 

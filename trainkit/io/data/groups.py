@@ -1,0 +1,105 @@
+"""Batches of data that only lie there: the rows of many batches are read at once and handed out one by one.
+
+What a batch costs in Python is then paid once for many. Batches of a group share memory, no element of which is in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from trainkit.io.data.assemble import Item, Loaded, Maker, Task, described, load
+from trainkit.io.data.errors import BatchError
+from trainkit.io.data.ragged import Ragged
+from trainkit.io.data.sources import Source
+from trainkit.io.data.stacking import stack
+
+GROUP_BATCHES = 32
+GROUP_BYTES = 1 << 22
+"""Read at once, at most; a single batch may be larger. A batch that is kept keeps the memory of its group."""
+
+
+def in_groups(source: Source, maker: Maker, tasks: Iterator[Task]) -> Generator[Item, None, None]:
+    """The batches of tasks, in order.
+
+    A source that is not pure (see :class:`~trainkit.io.data.sources.Source`) is read batch by batch. The first group
+    is one batch, so that the first comes soon; each further one is at most twice the one before.
+
+    Args:
+        source: of the rows.
+        maker: of the batches.
+        tasks: what is to be loaded.
+    """
+    number = 1
+    while group := list(islice(tasks, number)):
+        values = _read(source, group)
+        if values is None:
+            yield from (load(source, maker, task) for task in group)
+            continue
+        yield from _batches(values, maker, group)
+        number = max(1, min(2 * number, GROUP_BATCHES, GROUP_BYTES * len(group) // max(_nbytes(values), 1)))
+
+
+def _read(source: Source, group: list[Task]) -> Any:
+    """The rows of all tasks; None if they are to be read batch by batch, also to tell which one is at fault."""
+    if not getattr(source, "is_pure", False):
+        return None
+    try:
+        return source.fetch([row for task in group for row in task.rows])
+    except Exception:
+        return None
+
+
+def _batches(values: Any, maker: Maker, group: list[Task]) -> Iterator[Item]:
+    whole = _stacked(values) if maker.collate is stack else None
+    start = 0
+    for task in group:
+        stop = start + len(task.rows)
+        if whole is None:
+            read = partial(part_of, values, start, stop)
+            yield maker.make(read, task.rows, task.start, task.after, empty=task.empty)
+        else:
+            batch = part_of(whole, start, start if task.empty else stop)
+            yield Loaded(task.after, batch, described(task.start))
+        start = stop
+
+
+def _stacked(values: Any) -> Any:
+    """All rows of a group as one batch; None if they are none, though those of one batch may be."""
+    try:
+        whole = stack(values)
+    except BatchError:
+        return None
+    return whole if pytree.tree_leaves(whole) else None
+
+
+def part_of(values: Any, start: int, stop: int) -> Any:
+    """Rows ``start`` to ``stop`` - 1 of rows or columns, in the same memory.
+
+    Example:
+        >>> import torch
+        >>> part_of({"x": torch.arange(5), "name": list("abcde")}, 1, 3)
+        {'x': tensor([1, 2]), 'name': ['b', 'c']}
+    """
+    if isinstance(values, Mapping):
+        return {name: part_of(column, start, stop) for name, column in values.items()}
+    if isinstance(values, tuple):
+        return tuple(part_of(column, start, stop) for column in values)
+    return values.part(start, stop) if isinstance(values, Ragged) else values[start:stop]
+
+
+def _nbytes(values: Any) -> int:
+    """Of columns of numbers and text; other values are somewhere anyway."""
+    if isinstance(values, (Mapping, tuple)):
+        return sum(map(_nbytes, values.values() if isinstance(values, Mapping) else values))
+    if isinstance(values, Ragged):
+        return values.values.nbytes
+    if isinstance(values, list):
+        return sum(len(value) for value in values if isinstance(value, (str, bytes)))
+    return values.nbytes if isinstance(values, (Tensor, np.ndarray)) else 0
