@@ -29,7 +29,7 @@ from tqdm import tqdm
 from recipes.gpt import GPT, next_byte, sample
 from trainkit import TrainState, evaluate, init_state, make_eval_step, make_train_step, run
 from trainkit.execution import compile_step
-from trainkit.io.checkpoint import Saver, load_latest
+from trainkit.io.checkpoint import Saver, load, load_latest
 from trainkit.io.cli import parse
 from trainkit.io.data import Loader
 from trainkit.io.data.text import SEPARATOR, pack, split_by_name, text_documents
@@ -91,6 +91,8 @@ class Config:
     """Updates between two checkpoints; there is always one at the end. The last 3 stay."""
     resume: bool = False
     """Go on from the newest checkpoint in the folder; the result is that of a run that was never interrupted."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint instead; newer ones of the run in its folder are set aside."""
     seed: int = 0
     """Decides the first weights, the order of the data and the sample; an integer of 64 bits."""
     folder: Path = Path("runs/pretrain_lm")
@@ -134,8 +136,10 @@ def main(config: Config) -> TrainState:
 
     # Checkpoint: the state, the position of the data, and what is not in the log yet.
     checkpoints = config.folder / "checkpoints"
-    found = load_latest(checkpoints, like=state) if config.resume else None
-    saver = Saver(checkpoints, resumed_from=found.path if found else None, overwrite=not config.resume)
+    found = load(config.resume_from, like=state) if config.resume_from else None
+    if config.resume and found is None:
+        found = load_latest(checkpoints, like=state)
+    saver = Saver(checkpoints, resumed_from=found.path if found else None, overwrite=not (found or config.resume))
     first, window, spent = 0, MetricWindow(), 0.0
     if found is None:
         # Before the log of an earlier run goes, so that whatever ends now goes on as this run and not as that one.
@@ -150,7 +154,7 @@ def main(config: Config) -> TrainState:
 
     # Loop: a record comes after every update; what to do with it is written here.
     since = time.perf_counter() - spent
-    with saver, log, stop_on() as stop, tqdm(initial=first, total=config.steps, unit="step") as bar:
+    with stop_on() as stop, saver, log, tqdm(initial=first, total=config.steps, unit="step") as bar:
         for record in run(step, state, loader):
             state, is_last = record.state, record.step == config.steps
             window.add(record.metrics)
@@ -172,11 +176,11 @@ def main(config: Config) -> TrainState:
                 log.write(step=record.step, validation_bits_per_byte=bits)
                 bar.write(f"step {record.step}: validation {bits:.3f} bits per byte")
                 since += time.perf_counter() - before
-            if record.step % config.save_every == 0 or is_last or stop:
+            if (stopping := bool(stop)) or is_last or record.step % config.save_every == 0:
                 log.sync()
                 not_logged = [window.state_dict(), time.perf_counter() - since]
                 saver.save(state, cursor=loader.state_dict(), metadata=not_logged)
-            if stop and not is_last:
+            if stopping and not is_last:
                 sys.exit(EXIT_PREEMPTED)
 
     # Results: the weights under the module's own names, the curves, a text that the model writes.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from tests.faults.judge import Case, Reference, Tally, announced, check_end, check_losses, losses, workspace
+from tests.faults.programs import PARTS
 from tests.faults.server import Server
 from tests.faults.trap import Plan
 from trainkit.io.signals import EXIT_PREEMPTED
 
 _MOST_ATTEMPTS = 1000
+_SECONDS = 3.0
+"""From a stop request to the end of a process whose steps and saves take milliseconds."""
 
 
 def kill(server: Server, case: Case, reference: Reference, *, kills: int, seed: int, only: int | None = None) -> Tally:
@@ -62,6 +66,60 @@ def sigterm(
     return _campaign("sigterm", server, case, reference, plans, kills=kills, seed=seed, only=only)
 
 
+def parts(
+    server: Server,
+    case: Case,
+    reference: Reference,
+    *,
+    number: int = 1,
+    only: tuple[str, int] | None = None,
+    parts: tuple[str, ...] = (*PARTS[1:], "save"),
+) -> Tally:
+    """SIGTERM in each part of a step, in evaluations and in saves: the step that runs is the last, and it is saved.
+
+    Args:
+        server: runs the case.
+        case: the program.
+        reference: how it ends without faults.
+        number: how often in each part: when it comes for the first time, for the second, ...; less often than the run
+            evaluates, since a request in its last step finds it finished.
+        only: replay one alone: the part and the time.
+        parts: which; also "compile", with a step of other bits, whose reference is that of a compiled case.
+    """
+    tally = Tally()
+    for part in parts if only is None else only[:1]:
+        for at in range(1, number + 1) if only is None else only[1:]:
+            with workspace() as root:
+                tally.add(_stopped_in(server, case, reference, part, at, root))
+    return tally
+
+
+def _stopped_in(server: Server, case: Case, reference: Reference, part: str, at: int, root: Path) -> Tally:
+    tally, name = Tally(), f"parts/{case.name}/{part}/{at}"
+    if part == "save":
+        # Again and again, as some schedulers do.
+        outcome = case.run(server, root, Plan(signal=signal.SIGTERM, at=at, kinds=("fsync",), is_sticky=True))
+        later = outcome.told("step")
+    else:
+        asking = replace(case, arguments={**case.arguments, "stop_in": part, "stop_at": at})
+        outcome = asking.run(server, root, Plan(trace=False))
+        asked = next((i for i, message in enumerate(outcome.messages) if "asked" in message), None)
+        if asked is None:
+            tally.note(name, [f"unasked: {part} did not come {at} times\n{outcome.stderr}"])
+            return tally
+        later = [message["step"] for message in outcome.messages[asked:] if "step" in message]
+    saved, last = announced(outcome), max(losses(outcome), default=0)
+    problems = check_losses(reference, outcome)
+    if not problems and outcome.code != EXIT_PREEMPTED:
+        problems = [f"refused: code {outcome.code}\n{outcome.stderr}"]
+    if not problems and part != "save" and len(later) > 1:
+        problems = [f"late: steps {later} came after the request"]
+    if not problems and saved != last:
+        problems = [f"lost: stopped at step {last}, but {saved} was announced"]
+    tally.note(name, problems or check_end(reference, case.run(server, root, Plan(trace=False)), saved=saved), "ok")
+    return tally
+
+
 def _campaign(
     name: str,
     server: Server,
@@ -103,6 +161,8 @@ def _until_done(
         saved = max(saved, announced(outcome))
         if not problems and outcome.code == EXIT_PREEMPTED and saved < max(losses(outcome), default=0):
             problems = [f"lost: stopped at step {max(losses(outcome))}, but {saved} was announced"]
+        if not problems and plan.after and outcome.code == EXIT_PREEMPTED and outcome.seconds > plan.after + _SECONDS:
+            problems = [f"slow: ended {outcome.seconds - plan.after:.1f} s after the request"]
         tally.note(where, problems, "killed")
         if problems or attempt == _MOST_ATTEMPTS:
             return tally

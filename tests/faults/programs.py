@@ -6,27 +6,32 @@ which step), ``step`` with ``loss`` (exact), ``saved`` (announced as durable), `
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.callback import on_compile_start
 
 from tests.faults import mutations
 from tests.faults.trap import Emit
-from trainkit import TrainState, init_state, make_train_step, run
+from trainkit import TrainState, evaluate, init_state, make_eval_step, make_train_step, run
+from trainkit.execution import compile_step
+from trainkit.execution.compile import Strategy
 from trainkit.io import checkpoint
 from trainkit.io.data.loader import Loader
 from trainkit.io.signals import EXIT_PREEMPTED, stop_on
 from trainkit.losses import classification, module_loss
-from trainkit.optim import adamw
+from trainkit.optim import Transform, adamw
 
 torch.set_num_threads(1)
 
@@ -45,6 +50,9 @@ def train(
     pause: float = 0.0,
     audit: bool = False,
     mutation: str = "",
+    strategy: Strategy = "eager",
+    stop_in: str = "",
+    stop_at: int = 0,
 ) -> None:
     """Train to step ``steps``, from the newest whole checkpoint if there is one. SIGTERM ends it after a save.
 
@@ -60,34 +68,46 @@ def train(
         pause: seconds that a step takes longer.
         audit: whether to tell ``unpickled`` for each name that is looked up by an unpickler.
         mutation: which rule is broken, see :mod:`tests.faults.mutations`.
+        strategy: how the step is compiled.
+        stop_in: a part of a step in which SIGTERM comes, of ``PARTS``; "" for none.
+        stop_at: when it comes for the how manieth time, from 1.
     """
     mutations.apply(mutation)
     if audit:
         sys.addaudithook(lambda event, names: emit(unpickled=names) if event == "pickle.find_class" else None)
     warnings.showwarning = lambda message, *_: emit(warning=f"{type(message).__name__}: {message}")
     torch.manual_seed(_SEED)
-    module = nn.Sequential(nn.Linear(_FEATURES, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, _CLASSES))
-    optimizer = adamw(0.01)
-    step = make_train_step(module_loss(module, classification, inputs="x", targets="y"), optimizer)
+    enter = _asking(emit, stop_in, stop_at)
+    layers = nn.Linear(_FEATURES, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, _CLASSES), _Entered(enter)
+    module = nn.Sequential(*layers)
+    optimizer = _entered(adamw(0.01), enter)
+    loss = module_loss(module, classification, inputs="x", targets="y")
+    step = compile_step(make_train_step(loss, optimizer), strategy=strategy)
     state = init_state(module, optimizer, seed=_SEED)
-    loader = _loader(kind, steps)
+    loader, test = _loader(kind, steps), list(_loader("map", 1))
     history: list[str] = []
+    is_stopped = False
     restored = checkpoint.load_latest(folder, state)
     if restored is not None:
         state, history = restored.state, restored.metadata["losses"]
         loader.load_state_dict(restored.cursor)
     emit(resumed=0 if restored is None else restored.step, process=os.getpid())
-    with _Writer(emit, folder, saves, keep, restored) as writer, stop_on() as stop:
+    # The writer ends within the scope of the signal, which may come again while it does.
+    with stop_on() as stop, _Writer(emit, folder, saves, keep, restored) as writer:
         for record in run(step, state, loader):
             state = record.state
             history.append(float(record.metrics["loss"].compute()).hex())
             emit(step=record.step, loss=history[-1])
             time.sleep(pause)
-            if record.step % every == 0 or record.step == steps or stop:
+            if record.step % every == 0:
+                evaluate(make_eval_step(loss), state, test)
+            # Asked once: a request that came between a save and the end would lose the steps before it.
+            is_stopped = bool(stop)
+            if record.step % every == 0 or record.step == steps or is_stopped:
                 writer.save(state, cursor=loader.state_dict(), metadata={"losses": history})
-            if stop:
+            if is_stopped:
                 break
-    if stop and len(history) < steps:
+    if is_stopped and len(history) < steps:
         sys.exit(EXIT_PREEMPTED)
     emit(final=_final(Path(folder), state, history))
 
@@ -97,6 +117,52 @@ def warm_up() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train(lambda **message: None, folder=folder, saves="plain", steps=4)
         train(lambda **message: None, folder=folder, saves="plain", steps=6)
+
+
+PARTS = ("compile", "forward", "backward", "update", "evaluation")
+Enter = Callable[[str], None]
+"""Is called in each of ``PARTS``."""
+
+
+def _asking(emit: Emit, part: str, at: int) -> Enter:
+    """Send SIGTERM to this process when it enters a part for the ``at``-th time, and tell that it was ``asked``."""
+    times = 0
+
+    def enter(entered: str) -> None:
+        nonlocal times
+        times += entered == part
+        if entered == part and times == at:
+            emit(asked=part)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if part == "compile":
+        on_compile_start(lambda _: enter("compile"))
+    return enter
+
+
+class _Entered(nn.Module):
+    """Gives what it gets, and says when it does, and when the gradient comes back."""
+
+    def __init__(self, enter: Enter) -> None:
+        super().__init__()
+        self._enter = enter
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return x
+        self._enter("forward" if torch.is_grad_enabled() else "evaluation")
+        if x.requires_grad:
+            x.register_hook(lambda _: self._enter("backward"))
+        return x
+
+
+def _entered(optimizer: Transform, enter: Enter) -> Transform:
+    def apply(*args: Any, **extra: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            enter("update")
+        return optimizer.apply(*args, **extra)
+
+    return dataclasses.replace(optimizer, apply=apply)
 
 
 class _Writer:

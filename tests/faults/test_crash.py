@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.faults import damages, failing, hostile, kills
-from tests.faults.crash import main, replayed
+from tests.faults.crash import CASES, main, replayed
 from tests.faults.judge import Case, check_end, reference, workspace
 from tests.faults.mutations import MUTATIONS
 from tests.faults.suite import CAMPAIGNS, TIGHT, Bench
+from tests.faults.trap import Plan
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
@@ -29,6 +30,31 @@ def test_kills_with_other_data(bench: Bench, kind: str) -> None:
 def test_a_stop_request_loses_no_step(bench: Bench) -> None:
     tally = kills.sigterm(bench.server, bench.wide, bench.three, kills=15, seed=0)
     assert tally.failures == []
+
+
+def test_a_stop_request_in_any_part_of_a_step_waits_for_its_end(bench: Bench) -> None:
+    tally = kills.parts(bench.server, bench.wide, bench.three)
+    assert tally.failures == []
+    assert tally.counts == {"ok": 5}
+
+
+@pytest.mark.slow
+def test_a_stop_request_in_a_compilation_waits_for_its_end(bench: Bench) -> None:
+    compiled = CASES["compiled"]
+    whole = reference(bench.server, compiled)
+    tally = kills.parts(bench.server, compiled, whole, parts=("compile", "save"))
+    assert tally.failures == []
+    assert tally.counts == {"ok": 2}
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_nothing_is_unpickled_in_saving_loading_and_going_on(bench: Bench, kind: str) -> None:
+    case = Case(kind, TIGHT.program, {"kind": kind, "audit": True})
+    with workspace() as root:
+        first = case.run(bench.server, root, Plan(action="kill", at=bench.one.calls // 2))
+        second = case.run(bench.server, root, Plan(trace=False))
+    assert (first.code, second.code) == (-9, 0) and second.told("resumed")[0] > 0
+    assert first.told("unpickled") + second.told("unpickled") == []
 
 
 def test_short_writes_are_continued(bench: Bench) -> None:

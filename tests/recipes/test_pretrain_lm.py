@@ -17,6 +17,7 @@ from recipes import pretrain_lm
 from recipes.gpt import GPT
 from recipes.pretrain_lm import Config, main
 from trainkit import Record, run
+from trainkit.io.checkpoint import latest, verify
 from trainkit.io.signals import EXIT_PREEMPTED
 from trainkit.rng import fold_in_host
 from trainkit.schedules import cosine, warmup
@@ -25,7 +26,8 @@ from trainkit.schedules import cosine, warmup
 OPTIONS = [
     "data", "dataset", "validation_share", "seq_len", "batch_size", "accumulate", "steps", "num_layers", "num_heads",
     "width", "tie_weights", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "strategy", "device",
-    "log_every", "eval_every", "eval_rows", "sample_bytes", "save_every", "resume", "seed", "folder",
+    "log_every", "eval_every", "eval_rows", "sample_bytes", "save_every", "resume", "resume_from", "seed",
+    "folder",
 ]  # fmt: skip
 SEQ_LEN, BATCH_SIZE, STEPS, SHARE = 16, 4, 3, 0.4
 TEXTS = {f"{i}.txt": f"Text number {i}: " + "abcdefgh"[i:] * 40 for i in range(6)}
@@ -245,6 +247,58 @@ def test_what_ends_before_its_first_save_is_not_taken_for_the_run_before(
     monkeypatch.setattr(pretrain_lm, "run", run)
     main(replace(config, resume=True))
     assert same(results(config), results(whole))
+
+
+GOES_BACK = """
+import os, pathlib, sys, time
+from recipes import pretrain_lm
+from trainkit import run
+
+manifest = pathlib.Path(sys.argv[-1], "checkpoints", "checkpoint-4", "manifest.json")
+
+
+def interrupted(step, state, batches):
+    for record in run(step, state, batches):
+        yield record
+        if record.step == 5:
+            while not manifest.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), 9)
+
+
+pretrain_lm.run = interrupted
+pretrain_lm.main(pretrain_lm.parse(pretrain_lm.Config))
+"""
+
+
+def test_a_run_goes_back_to_an_older_checkpoint(config: Config) -> None:
+    config = replace(config, steps=6, save_every=2, log_every=1, eval_every=6)
+    main(config)
+    whole = results(config)
+    checkpoints = config.folder / "checkpoints"
+    start = checkpoints / "checkpoint-2"
+    assert whole[2] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    # Killed after its first save; at another rate, so that it can be told from the run before.
+    gone_back = replace(config, resume_from=start, learning_rate=1e-3)
+    changed = {k: v for k, v in vars(gone_back).items() if v != getattr(Config(), k)}
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in changed.items() if k != "folder"]
+    command = [sys.executable, "-c", GOES_BACK, *options, "--folder", str(config.folder)]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL and f"resumed from {start} at step 2" in result.stdout
+    assert "its newer checkpoints are set aside and not removed" in result.stderr
+    assert latest(checkpoints) == checkpoints / "checkpoint-4"
+    for step in (4, 6):
+        (old,) = checkpoints.glob(f"checkpoint-{step}.abandoned-*")
+        verify(old)
+    # An ordinary resumption goes on with the newer run, and ends as one that was not killed, in a folder of its own.
+    main(replace(gone_back, resume=True, resume_from=None))
+    other = replace(gone_back, folder=config.folder.parent / "other")
+    main(other)
+    (rows, weights, names), (other_rows, other_weights, _) = results(gone_back), results(other)
+    assert [name for name in names if "abandoned" not in name] == whole[2] and len(names) == 5
+    assert [row["step"] for row in rows] == [row["step"] for row in whole[0]]
+    assert rows[-1] == other_rows[-1] != whole[0][-1]
+    assert all(torch.equal(weights[k], other_weights[k]) for k in weights)
 
 
 PROGRAM = """

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from trainkit import init_state, make_train_step, run, write_to
-from trainkit.io.checkpoint import CheckpointError, CheckpointWarning
+from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, save
 from trainkit.io.checkpoint.interop import (
     ImportedRun,
     from_pretrained,
@@ -422,6 +422,20 @@ def test_what_transformers_reads_can_be_exported_without_it(tmp_path: Path) -> N
     module.config.save_pretrained(folder)
     back, info = transformers.LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
+    assert all(torch.equal(back.state_dict()[n], t) for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5", "qwen3"])
+def test_the_model_file_of_a_checkpoint_is_read_as_it_is(name: str, tmp_path: Path) -> None:
+    module = models()[name]
+    path = save(tmp_path / "run", init_state(module, adamw(1e-3)))
+    folder = tmp_path / "model"
+    module.config.save_pretrained(folder)
+    shutil.copy(path / "model.safetensors", folder)
+    back, info = type(module).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    # What is more are buffers that the module makes itself.
+    assert set(info["unexpected_keys"]) <= {n for n, _ in module.named_buffers()} - module.state_dict().keys()
     assert all(torch.equal(back.state_dict()[n], t) for n, t in module.state_dict().items())
 
 

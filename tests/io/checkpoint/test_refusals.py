@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainkit import TrainState, init_state, tree
+from trainkit import LossOutput, TrainState, init_state, make_train_step, raise_nonfinite, tree
 from trainkit.io.checkpoint import (
     CheckpointError,
     CheckpointWarning,
@@ -25,6 +25,8 @@ from trainkit.io.checkpoint import (
 )
 from trainkit.io.checkpoint.strict_json import encode
 from trainkit.optim import sgd
+from trainkit.transforms import NonfiniteError
+from trainkit.types import Buffers, Params
 
 Make = Callable[..., TrainState]
 
@@ -131,6 +133,41 @@ def test_weights_that_are_not_finite_are_saved_only_when_told(value: float, dtyp
     with Saver(tmp_path, allow_nonfinite=True) as saver:
         saver.save(state)
         assert saver.wait() == tmp_path / "checkpoint-0"
+
+
+def _loss(params: Params, buffers: Buffers, batch: dict[str, Tensor]) -> LossOutput:
+    """Finite, with a gradient that is not where ``gate`` is 0; neither is where ``x`` is not."""
+    weights = params["w"]
+    return LossOutput((weights * batch["x"]).sum() + (weights.abs() * batch["gate"]).sqrt().sum(), 1)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("where", ["loss", "gradient", "parameter"])
+def test_nothing_is_announced_once_a_run_is_not_finite(where: str, watched: bool, tmp_path: Path) -> None:
+    tx = sgd(0.1)
+    plain = make_train_step(_loss, tx)
+    step = raise_nonfinite(plain) if watched else plain
+    state = init_state(nn.Linear(1, 1), tx).replace(params=tree.frozen({"w": torch.ones(2)}))
+    state = state.replace(opt_state=tx.init(state.params))
+
+    def train(state: TrainState, saver: Saver) -> None:
+        for i in range(1, 7):
+            bad = i == 4
+            if bad and where == "parameter":
+                state = state.replace(params=tree.frozen({"w": torch.tensor([1.0, torch.nan])}))
+            batch = {"x": torch.ones(2), "gate": torch.ones(2)}
+            if bad and where != "parameter":
+                batch["x" if where == "loss" else "gate"] = torch.tensor([1.0, torch.nan if where == "loss" else 0.0])
+            state, _ = step(state, batch)
+            saver.save(state)
+
+    said = "loss is nan|parameter 'w' holds" if watched else "parameter 'w' is not finite"
+    with pytest.raises(NonfiniteError if watched else CheckpointError, match=rf"^step 4: {said}"):
+        with Saver(tmp_path, keep=Retention(last=None)) as saver:
+            train(state, saver)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    restored = load(tmp_path / "checkpoint-3", state)
+    assert restored.state.params["w"].isfinite().all()
 
 
 def test_buffers_may_be_infinite(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trainkit import LossOutput, TrainState, init_ema, init_state, make_train_step, tree, with_ema
-from trainkit.io.checkpoint import Saver, load, load_latest, save, verify
+from trainkit.io.checkpoint import CheckpointError, Saver, load, load_latest, save, verify
 from trainkit.io.checkpoint.format import flatten_state, join_path, split_path
-from trainkit.io.checkpoint.tensors import CODES, empty_like, read_header
+from trainkit.io.checkpoint.tensors import CODES, PIECE, empty_like, read_header
 from trainkit.optim import adamw, chain, clip_by_global_norm, sgd
 
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -228,6 +229,29 @@ def test_the_manifest_says_what_is_there(tmp_path: Path, make_state: Callable[..
     assert str(first.tensors["model.safetensors"]["0.weight"]) == "F32 [3, 2]"
     text = (tmp_path / "checkpoint-1" / "manifest.json").read_text()
     assert json.loads(text)["format"] == "trainkit.checkpoint" and len(text.splitlines()) == 10
+
+
+def test_a_bit_is_found_wherever_it_is_in_a_large_file(tmp_path: Path, make_state: Callable[..., TrainState]) -> None:
+    """Large enough for several pieces, each read while the one before is digested, and small leaves between them."""
+    sizes = [PIECE // 4 + 3, 5, 1, 3 * PIECE // 4 + 7, 2, PIECE // 16, 9]
+    tensors = {f"{i}": torch.randn(size) for i, size in enumerate(sizes)}
+    state = make_state(1).replace(params=tree.frozen(tensors))
+    path = save(tmp_path, state)
+    before = threading.active_count()
+    for name, tensor in load(path, state).state.params.items():
+        assert torch.equal(tensor, tensors[name])
+    verify(path)
+    file = path / "model.safetensors"
+    with file.open("r+b") as raw:
+        for place in (*range(PIECE // 2, file.stat().st_size, PIECE // 2), file.stat().st_size - 1):
+            was = os.pread(raw.fileno(), 1, place)
+            os.pwrite(raw.fileno(), bytes([was[0] ^ 4]), place)
+            for check in (verify, lambda path: load(path, state)):
+                with pytest.raises(CheckpointError, match=r"model\.safetensors: its digest is"):
+                    check(path)
+            os.pwrite(raw.fileno(), was, place)
+    verify(path)
+    assert threading.active_count() == before
 
 
 def test_saving_the_same_step_again_replaces_it(

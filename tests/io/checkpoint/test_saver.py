@@ -23,6 +23,7 @@ from trainkit import TrainState, init_state, tree
 from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, Retention, Saver, checkpoints, load, save, verify
 from trainkit.io.checkpoint.format import flatten_state
 from trainkit.io.checkpoint.host import HostMemory
+from trainkit.io.checkpoint.tensors import PIECE, layout, memory_in_order
 from trainkit.optim import sgd
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.
@@ -67,7 +68,7 @@ def test_the_memory_of_the_host_is_used_again(make_state: Make, bits: Bits) -> N
     memory = HostMemory()
 
     def take(state: TrainState) -> Any:
-        return memory.take(flatten_state(state))
+        return memory.take(memory.leaves(state))
 
     first, second = take(make_state(1)), take(make_state(2))
     for name, tensor in first.params.items():
@@ -76,6 +77,131 @@ def test_the_memory_of_the_host_is_used_again(make_state: Make, bits: Bits) -> N
     # Another model gets what it needs.
     wide = take(make_state(3, width=50))
     assert torch.equal(wide.params["0.weight"], make_state(3, width=50).params["0.weight"])
+
+
+def _kinds() -> list[TrainState]:
+    """States whose leaves are alike, and differ in one thing each."""
+    base = large(0, size=6)
+    one, two = torch.zeros(6), torch.ones(6)
+    params: list[dict[str, torch.Tensor]] = [
+        {"a": one, "b": two},
+        {"b": one, "a": two},
+        {"a": one, "c": two},
+        {"a": one.double(), "b": two},
+        {"a": one.view(torch.int32), "b": two},
+        {"a": one.view(2, 3), "b": two},
+        {"a": one.view(3, 2).t(), "b": two},
+        {"a": one[:5], "b": two},
+        {"a": one.to(torch.float8_e5m2), "b": two},
+        {"a": one.to(torch.uint8), "b": two},
+    ]
+    memory: list[Any] = [
+        {"a": tree.frozen({"x": one}), "b": two},
+        {"a": one, "b": tree.frozen({"x": two})},
+        {"a": one, "b": tree.frozen({"x": two, "y": tree.frozen({})})},
+        {"a/x": one, "b": two},
+    ]
+    states = [base.replace(params=tree.frozen(p)) for p in params] + [
+        base.replace(opt_state=tree.frozen(m)) for m in memory
+    ]
+    # Each after each other.
+    return [state for other in states for state in (states[0], other, states[10], other)]
+
+
+def test_a_state_of_another_kind_is_laid_out_anew(tmp_path: Path) -> None:
+    host = HostMemory()
+    for state in _kinds():
+        copy = host.take(host.leaves(state))
+        leaves = flatten_state(state)
+        for file, own in leaves.by_file().items():
+            assert host.slots[file] == layout(own)
+            parts = memory_in_order(host.slots[file], own)
+            assert bytes(copy.memory[file]) == b"".join(map(bytes, parts))
+        assert copy.params.keys() == set(leaves.params)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_large_leaves_are_copied_whole(threads: int) -> None:
+    size = PIECE // 4 + 5
+    flat = torch.arange(3 * size, dtype=torch.float32)
+    whole = {
+        "plain": flat[:size],
+        "parameter": nn.Parameter(flat[size : 2 * size]),
+        "larger than a piece": flat.double(),
+        "turned": flat[: size // 7 * 7].view(7, -1).t(),
+        "gaps": flat[::3],
+        "conjugated": torch.complex(flat[:size], flat[:size]).conj(),
+        "negative": torch.complex(flat[:size], flat[:size]).conj().imag,
+        "half": flat.bfloat16(),
+        "bytes": flat.to(torch.uint8),
+        "small": flat[:3],
+        "small parameter": nn.Parameter(flat[:4]),
+    }
+    state = large().replace(params=tree.frozen(whole))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        host = HostMemory()
+        copies = [host.take(host.leaves(state)).params for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in whole.items():
+        assert torch.equal(copies[0][name], tensor) and torch.equal(copies[1][name], tensor)
+        assert not copies[0][name].requires_grad
+
+
+def test_a_state_may_have_large_leaves_alone() -> None:
+    members = 20_000
+    state = large().replace(step=torch.arange(members), key=torch.arange(members), opt_state=tree.frozen())
+    host = HostMemory()
+    copy = host.take(host.leaves(state))
+    for file, own in flatten_state(state).by_file().items():
+        assert bytes(copy.memory[file]) == b"".join(map(bytes, memory_in_order(host.slots[file], own)))
+
+
+def test_a_leaf_that_became_another_behind_its_name_is_seen(tmp_path: Path) -> None:
+    state = large(1, size=6)
+    with Saver(tmp_path) as saver:
+        saver.save(state)
+        state.params["w"].data = torch.arange(9.0)
+        state.step.fill_(2)
+        saver.save(state)
+    assert torch.equal(load(tmp_path / "checkpoint-2", state).state.params["w"], torch.arange(9.0))
+
+
+def test_a_save_may_be_made_where_autograd_is_off(tmp_path: Path) -> None:
+    with Saver(tmp_path) as saver:
+        with torch.inference_mode():
+            saver.save(large(1))
+        saver.save(large(2))
+        parameter = nn.Parameter(torch.full((100_000,), 3.0))
+        saver.save(large(3).replace(params=tree.frozen({"w": parameter})))
+        with torch.inference_mode():
+            saver.save(large(4))
+    for step in (2, 3, 4):
+        assert load(tmp_path / f"checkpoint-{step}", large()).state.params["w"].eq(step).all()
+
+
+def test_a_leaf_that_cannot_be_stored_is_refused_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    with Saver(tmp_path) as saver:
+        saver.save(large(1))
+        with pytest.raises(ValueError, match="safetensors files cannot hold"):
+            saver.save(large(2).replace(params=tree.frozen({"w": torch.zeros(100_000, dtype=torch.complex128)})))
+        saver.save(large(3))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
+    assert load(tmp_path / "checkpoint-3", large()).state.params["w"].eq(3).all()
+
+
+@pytest.mark.parametrize("at", [0, 2**15 - 2, 2**15 - 1, 2**15, 99_998, 99_999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float8_e5m2])
+def test_a_number_that_is_not_finite_is_found_anywhere(at: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    numbers = torch.zeros(100_000)
+    numbers[at] = float("nan")
+    whole = numbers.to(dtype)
+    for tensor in (whole, nn.Parameter(whole), whole.view(2, -1).t(), whole.conj()):
+        state = large().replace(params=tree.frozen({"good": torch.ones(70_000), "bad": tensor}))
+        with pytest.raises(CheckpointError, match="parameter 'bad' is not finite"):
+            save(tmp_path, state)
 
 
 def test_a_state_is_not_kept_alive_by_its_save(tmp_path: Path, make_state: Make) -> None:
@@ -134,7 +260,7 @@ def test_an_error_of_the_writer_is_raised_once(call: str, tmp_path: Path) -> Non
     assert not list(tmp_path.glob(".staging-*"))
     verify(tmp_path / "checkpoint-1")
     # The lock was given back, whatever happened.
-    with Saver(tmp_path, resumed_from=tmp_path / "checkpoint-1"):
+    with Saver(tmp_path, resumed_from=saver.last):
         pass
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from tensordict import TensorDict
+from torch import Tensor, nn
 
-from trainkit.io.checkpoint.format import MODEL, Leaves, check_leaves
-from trainkit.io.checkpoint.tensors import Slot, layout, memory_of
+from trainkit.io.checkpoint.format import Leaves, flatten_state
+from trainkit.io.checkpoint.tensors import PIECE, Slot, layout, memory_of
+from trainkit.state import TrainState
+
+_LARGE = 2**17
+"""Bytes from which on torch copies a tensor with several threads."""
+_THREADS = 4
+"""At most; few fill the bus."""
+_PLAIN = {Tensor, nn.Parameter}
+_kind = operator.attrgetter("dtype", "shape", "device", "layout")
 
 
 @dataclass(frozen=True)
@@ -30,53 +43,86 @@ class HostMemory:
     """One piece of memory per file, kept from copy to copy; page-locked where the state is on a GPU, which copies
     into it at the full rate of the bus.
 
+    All that does not depend on values (names, checks, where each leaf goes) is worked out once for all states of one
+    kind. With thousands of small leaves it would cost more than the copy.
+
     Example:
-        >>> from torch import nn
         >>> from trainkit import init_state
-        >>> from trainkit.io.checkpoint.format import flatten_state
         >>> from trainkit.optim import sgd
-        >>> leaves = flatten_state(init_state(nn.Linear(2, 1), sgd(0.1)))
-        >>> copy = HostMemory().take(leaves)
-        >>> torch.equal(copy.params["weight"], leaves.model["weight"]), len(copy.memory["model.safetensors"])
+        >>> state, host = init_state(nn.Linear(2, 1), sgd(0.1)), HostMemory()
+        >>> copy = host.take(host.leaves(state))
+        >>> torch.equal(copy.params["weight"], state.params["weight"]), len(copy.memory["model.safetensors"])
         (True, 12)
     """
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
-        self._views: dict[str, list[Tensor]] = {}
-        self._kinds: list[tuple[Any, ...]] = []
-        self._slots: dict[str, list[Slot]] = {}
+        self._structure: list[Any] = []
+        self._kinds: list[Any] = []
+        self._devices: set[torch.device] = set()
+        self._of_bytes: list[int] = []
+        self._into: list[Tensor] = []
+        self._large: dict[int, memoryview] = {}
+        self._copy = Copy({}, {})
+        self.slots: dict[str, list[Slot]] = {}
+        """Where each leaf of the last state lies in its file."""
 
-    def slots(self, leaves: Leaves) -> dict[str, list[Slot]]:
-        """Where each leaf lies in its file. Worked out and checked once for all states of one kind.
+    def leaves(self, state: TrainState) -> list[Tensor]:
+        """The tensors of a state, in the order in which :meth:`take` wants them.
 
-        Raises: TypeError, ValueError if a leaf cannot be stored.
+        Raises: TypeError, ValueError if one cannot be stored.
         """
-        by_file = leaves.by_file()
-        kinds = [(n, type(t), t.dtype, t.shape, t.device, t.layout) for own in by_file.values() for n, t in own.items()]
-        if kinds != self._kinds:
-            check_leaves(leaves)
-            self._slots = {file: layout(own) for file, own in by_file.items()}
-            self._kinds, self._views = kinds, {}
-        return self._slots
+        tensors, structure = _walked(state)
+        if structure != self._structure or not self._knows(tensors):
+            leaves = flatten_state(state)
+            # Should there not be enough memory, nothing is known any more.
+            self._kinds = []
+            self._lay_out(leaves)
+            self._structure, self._kinds = structure, list(map(_kind, tensors))
+        return tensors
 
-    def take(self, leaves: Leaves) -> Copy:
+    def _knows(self, tensors: list[Tensor]) -> bool:
+        if len(tensors) != len(self._kinds) or not set(map(type, tensors)) <= _PLAIN:
+            return False
+        # One after the other: thousands of objects at a time would call the garbage collector.
+        return all(map(operator.eq, map(_kind, tensors), self._kinds))
+
+    def take(self, tensors: list[Tensor]) -> Copy:
         """Copy all leaves; the copies of the call before are gone. Returns when the devices are done with it.
 
-        Raises: TypeError, ValueError if a leaf cannot be stored.
+        Args:
+            tensors: of the state that :meth:`leaves` was asked for last.
         """
-        slots = self.slots(leaves)
-        memory: dict[str, memoryview] = {}
-        for file, own in leaves.by_file().items():
-            flat = self._sized(file, slots[file][-1].end if slots[file] else 0, any(t.is_cuda for t in own.values()))
-            if file not in self._views:
-                views = {slot.name: _view(flat, slot) for slot in slots[file]}
-                self._views[file] = [views[name] for name in own]
-            _copy(self._views[file], list(own.values()))
-            memory[file] = memory_of(flat)
-        _wait_for({t.device for own in leaves.by_file().values() for t in own.values()})
+        large = {i: memory for i, memory in self._large.items() if _is_plain_memory(tensors[i])}
+        with _ordinary_tensors():
+            into, rest = self._into, _as_copied(tensors, self._of_bytes)
+            if large:
+                into, rest = ([t for i, t in enumerate(own) if i not in large] for own in (into, rest))
+            if into:
+                # On the stream of the steps: behind the last one, and before what may overwrite its results.
+                torch._foreach_copy_(into, rest, non_blocking=True)
+        _copy_memory([(memory, memory_of(tensors[i])) for i, memory in large.items()])
+        _wait_for(self._devices)
+        return self._copy
+
+    def _lay_out(self, leaves: Leaves) -> None:
+        by_file = leaves.by_file()
+        tensors = [t for own in by_file.values() for t in own.values()]
+        self.slots = {file: layout(own) for file, own in by_file.items()}
+        self._devices = {t.device for t in tensors}
+        self._of_bytes = [i for i, t in enumerate(tensors) if t.itemsize == 1]
+        memory, views = {}, []
+        with _ordinary_tensors():
+            for file, own in by_file.items():
+                flat = self._sized(file, _size(self.slots[file]), any(t.is_cuda for t in own.values()))
+                at = {slot.name: slot for slot in self.slots[file]}
+                views += [_view(flat, at[name]) for name in own]
+                memory[file] = memory_of(flat)
+            self._into = _as_copied(views, self._of_bytes)
         # Parameters come first among the tensors of the model.
-        return Copy(memory, dict(zip(leaves.params, self._views[MODEL], strict=False)))
+        self._copy = Copy(memory, dict(zip(leaves.params, views, strict=False)))
+        large = (i for i, t in enumerate(tensors) if t.is_cpu and t.numel() * t.itemsize >= _LARGE)
+        self._large = {i: memory_of(views[i]) for i in large}
 
     def _sized(self, file: str, size: int, pinned: bool) -> Tensor:
         flat = self._memory.get(file)
@@ -86,18 +132,76 @@ class HostMemory:
         return flat[:size]
 
 
+def _walked(state: TrainState) -> tuple[list[Tensor], list[Any]]:
+    """The leaves in the order of :func:`~.format.flatten_state`, and what tells their names."""
+    tensors: list[Tensor] = []
+    structure: list[Any] = []
+    for part in (state.params, state.buffers):
+        _visit(part, tensors, structure)
+    tensors += [state.step, state.key]
+    for part in (state.opt_state, state.extra):
+        _visit(part, tensors, structure)
+    return tensors, structure
+
+
+def _visit(node: Any, tensors: list[Tensor], structure: list[Any]) -> None:
+    entries = dict(node.items())
+    plain = set(map(type, entries.values())) <= _PLAIN
+    is_tree = None if plain else [isinstance(child, TensorDict) for child in entries.values()]
+    structure.append((list(entries), is_tree))
+    if is_tree is None:
+        tensors += entries.values()
+        return
+    for child, inner in zip(entries.values(), is_tree, strict=True):
+        if inner:
+            _visit(child, tensors, structure)
+        else:
+            tensors.append(child)
+
+
+def _size(slots: list[Slot]) -> int:
+    return slots[-1].end if slots else 0
+
+
 def _view(flat: Tensor, slot: Slot) -> Tensor:
     return flat[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
 
 
-def _copy(into: list[Tensor], tensors: list[Tensor]) -> None:
-    if into:
-        torch._foreach_copy_([_plain(t) for t in into], [_plain(t.detach()) for t in tensors], non_blocking=True)
+def _is_plain_memory(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    # Not all of the dtypes of one byte have a kernel for copies; their bytes do.
-    return tensor.resolve_neg().view(torch.uint8) if tensor.itemsize == 1 else tensor
+def _copy_memory(pairs: list[tuple[memoryview, memoryview]]) -> None:
+    """Copy the second of each pair into the first, each thread a run of them.
+
+    torch would divide every tensor among its threads and have them wait for each other after each, which costs most
+    where the processor has other work too.
+    """
+    starts = [(into, of, start) for into, of in pairs for start in range(0, len(of), PIECE)]
+    pieces = [(into[start : start + PIECE], of[start : start + PIECE]) for into, of, start in starts]
+    if pieces:
+        share = -(-len(pieces) // min(_THREADS, torch.get_num_threads()))
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(_copy_pieces, [pieces[i : i + share] for i in range(0, len(pieces), share)]))
+
+
+def _copy_pieces(pieces: list[tuple[memoryview, memoryview]]) -> None:
+    for into, of in pieces:
+        # Lets other threads run meanwhile, which an assignment to a memoryview does not.
+        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(of, np.uint8))
+
+
+def _as_copied(tensors: list[Tensor], of_bytes: list[int]) -> list[Tensor]:
+    # Their bytes need no kernel of each of the dtypes of one byte, which not every version and device has.
+    changed = {i: tensors[i].resolve_neg().view(torch.uint8) for i in of_bytes}
+    return [changed.get(i, t) for i, t in enumerate(tensors)] if changed else tensors
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """A scope without autograd, whose new memory may be written to outside of ``torch.inference_mode`` too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _wait_for(devices: Iterable[torch.device]) -> None:

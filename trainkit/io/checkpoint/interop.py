@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -235,10 +236,10 @@ def _progress(folder: int, path: Path) -> dict[str, Any]:
     what = f"{path / PROGRESS}"
     data = files.read_small(folder, PROGRESS, _MAX_PROGRESS_BYTES, what)
     try:
-        found = json.loads(data)
+        found = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what}: no valid JSON: {error}") from error
-    if not isinstance(found, dict) or type(found.get("global_step")) is not int or found["global_step"] < 0:
+    if not isinstance(found, dict) or type(step := found.get("global_step")) is not int or not 0 <= step < 2**63:
         raise CheckpointError(f"{what}: has no global_step; expected what transformers' Trainer writes")
     return found
 
@@ -269,7 +270,7 @@ def _position(progress: dict[str, Any], given: int | None, accumulate: int, path
         raise ValueError(f"batches_per_epoch, accumulate: got {given}, {accumulate}, expected positive numbers")
     if step == 0:
         return 0, 0, 0
-    if not isinstance(epochs, (int, float)) or not 0 < epochs < float("inf"):
+    if not isinstance(epochs, (int, float)) or not 0 < epochs < 2**63 or not step / epochs < 2**63:
         raise CheckpointError(f"{path / PROGRESS}: has epoch {epochs!r} after {step} steps, expected a positive number")
     if given is None and accumulate > 1:
         raise ValueError(
@@ -436,3 +437,23 @@ def _placed(opt_state: TensorDict, memory: _Memory, count: int) -> TensorDict:
             "import_model"
         )
     return unflatten_tree(opt_state, filled)
+
+
+def read_torch_file(path: str | Path, *, numpy_state: bool = False) -> dict[str, Any]:
+    """What ``torch.save`` wrote: a dictionary of tensors, numbers, strings and containers of them, and nothing else.
+
+    Args:
+        path: the file; a link is refused.
+        numpy_state: also arrays of NumPy's unsigned integers, of which the state of its generator is made.
+
+    Raises: CheckpointError for anything that cannot be read so.
+    """
+    path = Path(path)
+    allowed = _numpy_state_types() if numpy_state else []
+    with files.reading(str(path)), files.opened(path.parent) as folder, torch.serialization.safe_globals(allowed):
+        return _unpickled(folder, path.name, path.parent)
+
+
+def _numpy_state_types() -> list[Any]:
+    core: Any = getattr(np, "_core", None) or np.core  # type: ignore[attr-defined,unused-ignore]
+    return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]

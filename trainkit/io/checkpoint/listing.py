@@ -19,17 +19,22 @@ from trainkit.io.checkpoint.manifest import Manifest, decode_manifest
 T = TypeVar("T")
 
 _ATTEMPTS = 100
-"""How often a folder is listed again when all that it had was removed meanwhile."""
+"""How often a folder is listed again when what it had was removed or replaced meanwhile."""
 _NAME = re.compile(r"checkpoint-([0-9]{1,19})(\.replaced-[0-9a-f]{16})?")
+
+
+Key = tuple[str, int, int]
+"""Name, inode and time of the last change of a folder."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder with the name of a checkpoint: its manifest, or why it has none that can be read."""
+    """A folder with the name of a checkpoint: its manifest, or why it has none that can be read, and its key."""
 
     path: Path
     manifest: Manifest | None
     error: CheckpointError | None = None
+    key: Key | None = None
 
     @property
     def order(self) -> tuple[int, int, str]:
@@ -38,8 +43,8 @@ class Entry:
         return step, counter, self.path.name
 
 
-Known = dict[tuple[str, int, int], Entry]
-"""What was found, by name, inode and time of the last change."""
+Known = dict[Key, Entry]
+"""What was found."""
 
 
 def name_of(step: int) -> str:
@@ -106,7 +111,7 @@ def scan(folder: int, path: Path, known: Known | None = None) -> list[Entry]:
             except FileNotFoundError:
                 # Removed since it was listed.
                 continue
-            now[key] = before[key] if key in before else _entry(folder, path / name)
+            now[key] = before[key] if key in before else _entry(folder, path / name, key)
     if known is not None:
         known.clear()
         # An error may pass.
@@ -120,17 +125,17 @@ def remember(known: Known | None, folder: int, entry: Entry) -> None:
         known[_key(folder, entry.path.name)] = entry
 
 
-def _key(folder: int, name: str) -> tuple[str, int, int]:
+def _key(folder: int, name: str) -> Key:
     info = os.stat(name, dir_fd=folder, follow_symlinks=False)
     return name, info.st_ino, info.st_mtime_ns
 
 
-def _entry(folder: int, path: Path) -> Entry:
+def _entry(folder: int, path: Path, key: Key) -> Entry:
     try:
         with files.reading(str(path)), files.opened(path.name, below=folder) as fd:
-            return Entry(path, read_manifest(fd, path))
+            return Entry(path, read_manifest(fd, path), key=key)
     except CheckpointError as error:
-        return Entry(path, None, error)
+        return Entry(path, None, error, key)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -161,25 +166,29 @@ def newest(folder: Path, attempt: Callable[[Path], T], stacklevel: int) -> T | N
 
     Raises: CheckpointError if there are some and all are damaged, and whatever else ``attempt`` raises.
     """
+    told = set()
     for _ in range(_ATTEMPTS):
         causes = []
-        for entry in reversed(entries := _entries(folder)):
+        for entry in reversed(_entries(folder)):
             try:
                 if entry.error is not None:
                     raise entry.error
                 return attempt(entry.path)
             except DamageError as error:
-                # A writer at work may have removed it since it was listed.
-                if os.path.lexists(entry.path):
+                if not _is_there(folder, entry):
+                    # A writer at work has removed or replaced it since it was listed: there is a newer one.
+                    break
+                causes.append(str(error))
+                if causes[-1] not in told:
+                    told.add(causes[-1])
                     _skipped(entry.path, error, stacklevel + 1)
-                    causes.append(str(error))
-        if causes:
+        else:
+            if not causes:
+                return None
             raise CheckpointError(
                 f"{folder}: none of its {len(causes)} checkpoints is whole; the newest: {causes[0]}. "
                 "Move them away to start anew"
             )
-        if not entries:
-            return None
     raise CheckpointError(f"{folder}: its checkpoints are removed faster than they can be read; keep more of them")
 
 
@@ -188,6 +197,15 @@ def _entries(folder: Path) -> list[Entry]:
         return []
     with files.reading(str(folder)), files.opened(folder) as fd:
         return scan(fd, folder)
+
+
+def _is_there(folder: Path, entry: Entry) -> bool:
+    """Whether it is the folder that was listed, unchanged."""
+    try:
+        with files.opened(folder) as fd:
+            return _key(fd, entry.path.name) == entry.key
+    except OSError:
+        return False
 
 
 def _skipped(path: Path, error: CheckpointError, stacklevel: int) -> None:

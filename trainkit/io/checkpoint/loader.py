@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +158,8 @@ def verify(path: str | Path) -> Manifest:
     with listing.entered(path) as folder:
         manifest = listing.read_manifest(folder, path)
         _training_json(folder, manifest, path)
-        scratch = memoryview(bytearray(tensors.CHUNK))
         for file in manifest.tensors:
-            # Read chunk by chunk into the same memory: only the digest is wanted.
-            _read_tensors(folder, file, manifest, path, lambda slot: _windows(scratch, slot.end - slot.begin))
+            _read_tensors(folder, file, manifest, path, lambda reader, slots: reader.skim(_size(slots)))
     return manifest
 
 
@@ -185,23 +183,22 @@ def _load_tensors(
     """New tensors with what a file holds, on the devices and with the strides of ``like``."""
     found: dict[str, Tensor] = {}
 
-    def target(slot: tensors.Slot) -> Iterator[memoryview]:
-        new = tensors.empty_like(like[slot.name])
-        if new.is_cpu and new.is_contiguous():
-            yield tensors.memory_of(new)
-        else:
-            host = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
-            yield tensors.memory_of(host)
-            new.copy_(host)
-        found[slot.name] = new
+    def read(reader: tensors.Reader, slots: list[tensors.Slot]) -> None:
+        for slot in slots:
+            found[slot.name] = new = tensors.empty_like(like[slot.name])
+            if new.is_cpu and new.is_contiguous():
+                reader.fill(tensors.memory_of(new))
+            else:
+                host = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
+                reader.fill(tensors.memory_of(host))
+                new.copy_(host)
 
-    _read_tensors(folder, file, manifest, path, target)
+    _read_tensors(folder, file, manifest, path, read)
     return found
 
 
-def _windows(scratch: memoryview, count: int) -> Iterable[memoryview]:
-    for start in range(0, count, len(scratch)):
-        yield scratch[: min(len(scratch), count - start)]
+def _size(slots: list[tensors.Slot]) -> int:
+    return slots[-1].end if slots else 0
 
 
 def _read_tensors(
@@ -209,18 +206,17 @@ def _read_tensors(
     file: str,
     manifest: Manifest,
     path: Path,
-    target: Callable[[tensors.Slot], Iterable[memoryview]],
+    read: Callable[[tensors.Reader, list[tensors.Slot]], None],
 ) -> None:
-    """Read a file of tensors into the memory that ``target`` gives for each, and verify it."""
+    """Let ``read`` read all tensors of a file in their order, and verify it."""
     what, record, hasher = str(path / file), manifest.files[file], xxhash.xxh3_128()
     with files.regular(folder, file, what) as (fd, size):
         _check_size(size, record.size, what)
         slots = tensors.read_header(fd, size, hasher, what)
         if {slot.name: slot.record for slot in slots} != dict(manifest.tensors[file]):
             raise DamageError(f"{what}: its header and the manifest do not speak of the same tensors")
-        for slot in slots:
-            for memory in target(slot):
-                tensors.read_into(fd, memory, hasher, what)
+        with tensors.Reader(fd, hasher, what) as reader:
+            read(reader, slots)
     _check_digest(hasher.hexdigest(), record.digest, what)
 
 

@@ -269,7 +269,7 @@ def _read_file(folder: int, name: str, what: str) -> dict[str, Tensor]:
             if problem:
                 raise DamageError(f"{what}: the name {slot.name[:80]!a} of a tensor {problem}")
             found[slot.name] = torch.empty(slot.shape, dtype=slot.dtype)
-            tensors.read_into(fd, tensors.memory_of(found[slot.name]), _NoDigest(), what)
+            tensors.fill(fd, tensors.memory_of(found[slot.name]), what)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import threading
 import warnings
 import weakref
@@ -14,13 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainkit.io.checkpoint import commit, files, listing, lock, writer
+from trainkit.io.checkpoint import commit, files, listing, loader, lock, writer
 from trainkit.io.checkpoint.errors import CheckpointError, CheckpointWarning
-from trainkit.io.checkpoint.format import unchecked_leaves
 from trainkit.io.checkpoint.host import Copy, HostMemory
+from trainkit.io.checkpoint.manifest import Manifest
 from trainkit.io.checkpoint.retention import Retention, kept
 from trainkit.state import TrainState
 
+ABANDONED = "abandoned"
+"""In the names of checkpoints that a run has gone back behind."""
 Job = Callable[[Callable[[Path], None]], list[str]]
 """Writes a checkpoint and announces it; gives what its owner should be told."""
 
@@ -37,7 +40,9 @@ class Saver:
         folder: of the run; made where it is missing.
         keep: which checkpoints stay.
         run_id: names the run, with 1 to 128 of ``A-Z a-z 0-9 . _ -``. None for that of ``resumed_from``, or a new one.
-        resumed_from: the checkpoint that this run goes on from, in this folder or another.
+        resumed_from: the checkpoint that this run goes on from, in this folder or another. Whole newer ones of the same
+            run in this folder are set aside before anything else, and a warning names them: they get names by which
+            neither ``latest`` nor the rules find them, and stay until somebody deletes them.
         overwrite: whether the folder may have the checkpoints of other runs. They are removed when the first one of
             this run is durable.
         allow_nonfinite: also save parameters with infinities or NaNs.
@@ -46,6 +51,8 @@ class Saver:
         ValueError: an unsafe run_id.
         CheckpointError: another writer has the folder; it has the checkpoints of another run and ``overwrite`` is
             False; ``resumed_from`` cannot be read; or the system refused.
+
+    Warns: CheckpointWarning for what was set aside, and for leftovers of dead writers that cannot be deleted.
 
     Example:
         >>> import tempfile
@@ -77,7 +84,8 @@ class Saver:
         self._host = HostMemory()
         self._flight = _Flight()
         self._pid = os.getpid()
-        known = run_id if resumed_from is None else run_id or listing.manifest_of(Path(resumed_from)).run_id
+        start = None if resumed_from is None else listing.manifest_of(Path(resumed_from))
+        known = run_id if start is None else run_id or start.run_id
         with files.writing(self.folder), ExitStack() as stack:
             files.make_folder(self.folder)
             fd = stack.enter_context(files.opened(self.folder))
@@ -93,6 +101,8 @@ class Saver:
                 problems = commit.remove_leftovers(fd, self.folder)
                 self.run_id, others = self._run(fd, known, overwrite)
                 owner.run_id = self.run_id
+                if start is not None:
+                    problems += _set_aside(fd, self.folder, self.run_id, start)
             rules = Retention() if keep is None else keep
             self._target = _Target(fd, self.folder, owner, rules, self.run_id, others, allow_nonfinite)
             # From here on they are closed by `close`, or when nobody has this object any more, or the process ends.
@@ -142,8 +152,8 @@ class Saver:
         keep = self._target.keep
         if keep.best and metrics is not None and keep.metric not in metrics:
             raise ValueError(f"metrics: has {sorted(metrics)}, and not {keep.metric!r}, by which the best are kept")
-        leaves = unchecked_leaves(state)
-        draft = writer.drafted(leaves, self._host.slots(leaves), cursor, metadata, metrics)
+        leaves = self._host.leaves(state)
+        draft = writer.drafted(state.step, self._host.slots, cursor, metadata, metrics)
         self._flight.collect(stacklevel=3)
         copy = self._host.take(leaves)
         # Without a reference to this object: the thread does not keep a forgotten saver alive.
@@ -225,6 +235,35 @@ def _let_go(target: _Target, new: Path) -> list[str]:
     stay = {own[i] for i in kept(target.keep, [manifests[name] for name in own])} | {new.name}
     go = set(own) - stay
     return [name for name, manifest in manifests.items() if name in go or manifest.run_id in target.others]
+
+
+def _set_aside(fd: int, folder: Path, run_id: str, start: Manifest) -> list[str]:
+    """Take the whole checkpoints of a run that are newer than its start out of the way. Returns what to tell.
+
+    Before the run goes on, so that its own are the newest from the first one on. The newest goes last: until then
+    all that is looked for is found as if nothing had happened. What is damaged is passed over where it is.
+    """
+    aside = {}
+    for entry in listing.scan(fd, folder):
+        newer = entry.manifest is not None and entry.manifest.run_id == run_id and entry.manifest.order > start.order
+        if newer and _is_whole(entry.path):
+            aside[entry.path.name] = f"{entry.path.name}.{ABANDONED}-{secrets.token_hex(8)}"
+            files.rename(fd, entry.path.name, aside[entry.path.name])
+    if not aside:
+        return []
+    os.fsync(fd)
+    return [
+        f"{folder}: the run goes on from step {start.step}; its newer checkpoints are set aside and not removed: "
+        + ", ".join(f"{old} is {new} now" for old, new in aside.items())
+    ]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        loader.verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 class _Flight:

@@ -14,9 +14,12 @@ MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000
 MAX_INT_BITS = 4096
+MAX_MEMORY = 64 * 2**20
+"""Bytes that the values may take beside a part that grows with the text."""
 _MAX_INT_DIGITS = 1300
-_STRING = re.compile(rb'"[^"]*"?')
-_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_TOKEN = re.compile(rb'"[^"]*"?|[][{},:]')
+_COST = {ord('"'): 72, ord("{"): 256, ord("["): 120, ord(":"): 160, ord(","): 56, ord("}"): 0, ord("]"): 0}
+"""Bytes that CPython takes at most for what each token stands for: a string, an object, an array, an entry, a value."""
 
 
 def encode(value: Any, what: str) -> bytes:
@@ -37,8 +40,9 @@ def encode(value: Any, what: str) -> bytes:
     if _count(value, what, 1) > MAX_VALUES:
         raise ValueError(f"{what}: holds more than {MAX_VALUES} values; large data belongs into tensors")
     data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{what}: {len(data)} bytes of JSON, expected at most {MAX_BYTES}")
+    problem = _excess(data)
+    if problem:
+        raise ValueError(f"{what}: {problem}")
     return data
 
 
@@ -97,17 +101,33 @@ def check_extent(data: bytes, what: str) -> None:
 
     Raises: DamageError if a limit is passed.
     """
-    if len(data) > MAX_BYTES:
-        raise DamageError(f"{what}: {len(data)} bytes of JSON, expected at most {MAX_BYTES}")
+    problem = _excess(data)
+    if problem:
+        raise DamageError(f"{what}: {problem}")
+
+
+def _excess(data: bytes) -> str | None:
+    """Which limit is passed."""
+    # One other character makes Python store each of its neighbours in 4 bytes.
+    limit = MAX_BYTES if data.isascii() else MAX_BYTES // 4
+    if len(data) > limit:
+        return f"{len(data)} bytes of JSON, expected at most {limit}"
     # Without escapes a string ends at the next quote.
-    bare = _STRING.sub(b"", data.replace(b"\\\\", b"").replace(b'\\"', b""))
-    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
-        raise DamageError(f"{what}: holds more than {MAX_VALUES} values")
-    depth = 0
-    for bracket in bare.translate(None, _ALL_BUT_BRACKETS):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise DamageError(f"{what}: nested deeper than {MAX_DEPTH}")
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in data else data
+    memory, depth = MAX_MEMORY + len(data), 0
+    # One token at a time: a list of all would be larger than what is to be prevented.
+    for match in _TOKEN.finditer(bare):
+        token = bare[match.start()]
+        memory -= _COST[token]
+        if memory < 0:
+            return f"holds more values than fit into {MAX_MEMORY} bytes"
+        if token in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return f"nested deeper than {MAX_DEPTH}"
+        elif token in b"]}":
+            depth -= 1
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,11 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +50,12 @@ CODES = {
 """The dtypes that can be stored, with their codes in a file. Safetensors has no complex128."""
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 CHUNK = 8 * 2**20
-"""Bytes that are written or read, and digested, at a time."""
+"""Bytes that are digested and written at a time."""
+PIECE = 2 * 2**20
+"""Bytes that are read or copied at a time. Those before are digested meanwhile, from the processor's cache."""
 _LENGTH = 8
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON can write and UTF-8 cannot."""
 
 
 class Hasher(Protocol):
@@ -113,6 +120,8 @@ def layout(tensors: Mapping[str, Tensor]) -> list[Slot]:
 def header(slots: Iterable[Slot]) -> bytes:
     """The beginning of a file: the length of the header as 8 bytes, least significant first, and the header in JSON.
 
+    Raises: DamageError if there are more tensors than :func:`read_header` takes: some 50,000.
+
     Source: the format section of the safetensors documentation.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -123,6 +132,7 @@ def header(slots: Iterable[Slot]) -> bytes:
             "data_offsets": [slot.begin, slot.end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    strict_json.check_extent(text, "the header of a file of tensors")
     text += b" " * (-len(text) % _LENGTH)
     return len(text).to_bytes(_LENGTH, "little") + text
 
@@ -178,7 +188,9 @@ def read_header(fd: int, size: int, hasher: Hasher, what: str) -> list[Slot]:
     if not text.startswith(b"{"):
         raise DamageError(f"{what}: its header is no JSON object; it is no safetensors file")
     entries = strict_json.decode(text, what)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise DamageError(f"{what}: the __metadata__ in its header is no object of strings")
     slots = sorted(
         (_slot(name, entry, what) for name, entry in entries.items()), key=lambda slot: (slot.begin, slot.end)
     )
@@ -186,6 +198,10 @@ def read_header(fd: int, size: int, hasher: Hasher, what: str) -> list[Slot]:
     if any(slot.begin != end for slot, end in zip(slots, ends, strict=False)) or ends[-1] != size - _LENGTH - length:
         raise DamageError(f"{what}: its tensors do not lie one after the other from the header to the end of the file")
     return slots
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def _slot(name: str, entry: Any, what: str) -> Slot:
@@ -204,24 +220,87 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def read_into(fd: int, memory: memoryview, hasher: Hasher, what: str) -> None:
-    """Fill memory with the next bytes of a file.
+class Reader:
+    """Reads a file into memory, from where its descriptor stands, while a thread digests what was read before.
 
-    Raises: DamageError if it ends before.
+    What was filled must stay as it is until the digest is complete.
+
+    Args:
+        fd: of the file.
+        hasher: is fed all that is read, in order.
+        what: the file, for error messages.
     """
-    for start in range(0, len(memory), CHUNK):
-        part = memory[start : start + CHUNK]
-        _fill(fd, part, what)
+
+    def __init__(self, fd: int, hasher: Hasher, what: str) -> None:
+        self._fd, self._hasher, self._what = fd, hasher, what
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[None] | None = None
+        self._parts: list[memoryview] = []
+        self._size = 0
+
+    def fill(self, memory: memoryview) -> None:
+        """Fill memory with the next bytes.
+
+        Raises: DamageError if the file ends before.
+        """
+        for start in range(0, len(memory), PIECE):
+            part = memory[start : start + PIECE]
+            fill(self._fd, part, self._what)
+            # Small ones are collected: a thread that is told of each would cost more than it saves.
+            self._parts.append(part)
+            self._size += len(part)
+            if self._size >= PIECE:
+                self._wait()
+                self._ahead = self._thread.submit(_digest, self._hasher, self._taken())
+
+    def skim(self, count: int) -> None:
+        """Digest the next bytes, and keep none of them.
+
+        Raises: DamageError if the file ends before.
+        """
+        self._wait()
+        # One is filled while the other is digested.
+        pieces = [memoryview(bytearray(min(PIECE, count))) for _ in range(2)]
+        for i, start in enumerate(range(0, count, PIECE)):
+            self.fill(pieces[i % 2][: min(PIECE, count - start)])
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The digest is complete after this.
+        self._thread.shutdown()
+        if error is None:
+            self._wait()
+            _digest(self._hasher, self._taken())
+
+    def _wait(self) -> None:
+        if self._ahead is not None:
+            self._ahead.result()
+
+    def _taken(self) -> list[memoryview]:
+        parts, self._parts, self._size = self._parts, [], 0
+        return parts
+
+
+def _digest(hasher: Hasher, parts: list[memoryview]) -> None:
+    for part in parts:
         hasher.update(part)
 
 
 def _read(fd: int, count: int, what: str) -> bytes:
     data = bytearray(count)
-    _fill(fd, memoryview(data), what)
+    fill(fd, memoryview(data), what)
     return bytes(data)
 
 
-def _fill(fd: int, memory: memoryview, what: str) -> None:
+def fill(fd: int, memory: memoryview, what: str) -> None:
+    """Fill memory with the next bytes of a file.
+
+    Raises: DamageError if it ends before.
+    """
     done = 0
     while done < len(memory):
         count = os.readv(fd, [memory[done:]])

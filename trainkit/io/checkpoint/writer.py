@@ -17,10 +17,12 @@ from torch import Tensor
 from trainkit import tree
 from trainkit.io.checkpoint import commit, files, listing, lock, strict_json, tensors
 from trainkit.io.checkpoint.errors import CheckpointError, CheckpointWarning
-from trainkit.io.checkpoint.format import TRAINING_JSON, Leaves, flatten_state, safe_name
+from trainkit.io.checkpoint.format import TRAINING_JSON, flatten_state, safe_name
 from trainkit.io.checkpoint.manifest import FileRecord, Manifest, encode_manifest, plain_metrics, versions
 from trainkit.state import TrainState
 
+_DIVIDED = 2**15
+"""Elements from which on torch divides the work on a tensor among its threads."""
 Slots = dict[str, list[tensors.Slot]]
 """Where the tensors lie, by file."""
 
@@ -66,7 +68,7 @@ def save(
     """
     leaves = flatten_state(state)
     slots = {file: tensors.layout(own) for file, own in leaves.by_file().items()}
-    draft = drafted(leaves, slots, cursor, metadata, None)
+    draft = drafted(state.step, slots, cursor, metadata, None)
     check_run_id(run_id)
     if not allow_nonfinite:
         check_finite(draft.step, {name: leaves.model[name] for name in leaves.params})
@@ -98,13 +100,20 @@ class Draft:
     metrics: dict[str, float | None]
 
 
-def drafted(leaves: Leaves, slots: Slots, cursor: Any, metadata: Any, metrics: Mapping[str, float] | None) -> Draft:
+def drafted(at: Tensor, slots: Slots, cursor: Any, metadata: Any, metrics: Mapping[str, float] | None) -> Draft:
     """What is to be written, and where its tensors lie.
+
+    Args:
+        at: the state's step.
+        slots: where the tensors lie, by file.
+        cursor: as it was given to be saved.
+        metadata: likewise.
+        metrics: likewise.
 
     Raises: TypeError, ValueError as :func:`save` says.
     """
     # Of a population it is that of the furthest member. The tensor itself is asked, since it is what is saved.
-    step = int(leaves.training["step"].max())
+    step = int(at.max())
     if step < 0:
         raise ValueError(f"state.step: got {step}, expected at least 0")
     strict_json.encode(cursor, "cursor")
@@ -189,14 +198,23 @@ def check_finite(step: int, params: Mapping[str, Tensor]) -> None:
 
     Raises: CheckpointError naming the first such parameter.
     """
-    numbers = {name: _comparable(tensor) for name, tensor in params.items()}
-    devices = {tensor.device for tensor in numbers.values()}
-    if not all(tree.all_finite([t for t in numbers.values() if t.device == device]) for device in devices):
-        bad = next(name for name, tensor in numbers.items() if not tree.all_finite([tensor]))
+    numbers = {name: [_comparable(piece) for piece in _pieces(tensor)] for name, tensor in params.items()}
+    pieces = [piece for own in numbers.values() for piece in own]
+    devices = {piece.device for piece in pieces}
+    if not all(tree.all_finite([t for t in pieces if t.device == device]) for device in devices):
+        bad = next(name for name, own in numbers.items() if not tree.all_finite(own))
         raise CheckpointError(
             f"step {step}: parameter {bad!r} is not finite, and such a state is not saved; go back to the checkpoint "
             "before it, or say allow_nonfinite=True"
         )
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Parts that torch looks at in this thread alone. Its other threads work for the step that runs meanwhile."""
+    flat = tensor.detach()
+    if not flat.is_cpu or not flat.is_contiguous() or flat.numel() < _DIVIDED:
+        return (flat,)
+    return torch.split(flat.view(-1), _DIVIDED - 1)
 
 
 def _comparable(tensor: Tensor) -> Tensor:
