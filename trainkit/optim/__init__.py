@@ -23,6 +23,7 @@ from trainkit.optim.groups import freeze as freeze
 from trainkit.optim.groups import masked as masked
 from trainkit.optim.groups import partition as partition
 from trainkit.optim.lion import lion as lion
+from trainkit.optim.live import live as live
 from trainkit.optim.loss_scale import current_loss_scale as current_loss_scale
 from trainkit.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from trainkit.optim.muon import muon as muon
