@@ -2,7 +2,11 @@
 
 ``trainkit`` itself holds the words of a loop; losses, optimizers, schedules and metrics are in ``trainkit.losses``,
 ``trainkit.optim``, ``trainkit.schedules`` and ``trainkit.metrics``; compiling and precision in ``trainkit.execution``.
+``Trainer`` and what belongs to it are loaded when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from trainkit.accumulate import accumulate as accumulate
 from trainkit.accumulate import merge_metrics as merge_metrics
@@ -32,3 +36,24 @@ from trainkit.transforms import train_only as train_only
 from trainkit.transforms import with_ema as with_ema
 from trainkit.types import Gradients as Gradients
 from trainkit.types import LossOutput as LossOutput
+
+if TYPE_CHECKING:
+    from trainkit.trainer import EarlyStoppingCallback as EarlyStoppingCallback
+    from trainkit.trainer import EvalPrediction as EvalPrediction
+    from trainkit.trainer import HfArgumentParser as HfArgumentParser
+    from trainkit.trainer import Seq2SeqTrainer as Seq2SeqTrainer
+    from trainkit.trainer import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
+    from trainkit.trainer import Trainer as Trainer
+    from trainkit.trainer import TrainerCallback as TrainerCallback
+    from trainkit.trainer import TrainerControl as TrainerControl
+    from trainkit.trainer import TrainerState as TrainerState
+    from trainkit.trainer import TrainingArguments as TrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    # Every name of the Trainer's room is also one of the package, as it is in transformers.
+    if not name.startswith("_"):
+        trainer = importlib.import_module("trainkit.trainer")
+        if name in trainer.ROOM_OF:
+            return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,10 @@ Ownership = dict[int, Tensor]
 """Tensors that may be overwritten, by ``id``."""
 
 
+class NotDonatedError(ValueError):
+    """Something that works only in memory that was given away was called outside of a donation scope."""
+
+
 class _Scope:
     """What may be overwritten: tensors that were given, those of released trees, and copies made on the way.
 

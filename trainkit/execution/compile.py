@@ -13,6 +13,7 @@ updates in place; in the eager strategy it is the donation scope of :mod:`traink
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -169,8 +170,10 @@ class CompiledStep:
             try:
                 after, metrics = self._run(self._candidates[0], state, batch)
             except inductor.COMPILER_ERRORS as error:
-                # An error of the step itself also ends the tracing; running it eagerly and purely tells the two apart.
-                self._step(state, batch)
+                # An error of the step itself also ends the tracing; running it eagerly and purely tells the two apart,
+                # unless it works in place only.
+                with contextlib.suppress(tree.NotDonatedError):
+                    self._step(state, batch)
                 if len(self._candidates) == 1:
                     raise
                 self._give_up(error)

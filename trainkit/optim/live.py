@@ -87,9 +87,9 @@ class _Own:
     def step(self, grads: Params, reported: torch.Tensor, params: Params) -> None:
         tensors = tree.leaves(params)
         if not tree.is_donated([*tensors, reported]):
-            raise ValueError(
+            raise tree.NotDonatedError(
                 f"state: live({type(self.object).__name__}) writes over the parameters, and this call is outside a "
-                "donation scope. Use a step that donates, compile_step(step, donate=True), and in a chain the last place"
+                "donation scope. Use a step that donates, compile_step(step, donate=True); in a chain, the last place"
             )
         if len(tensors) != len(self.checked) or not all(map(is_, tensors, self.checked)):
             self.check(params)

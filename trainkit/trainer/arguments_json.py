@@ -1,0 +1,86 @@
+"""Arguments as JSON: what checkpoints and trackers hold of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_UNWRITABLE = ("device_mesh",)
+
+
+def as_json(args: Any) -> dict[str, Any]:
+    """The fields of a dataclass that its constructor takes, as plain values where they are known kinds.
+
+    Enumerations become their values, configurations dicts, dtypes under a key ``dtype`` their short names; fields that
+    end in ``_token`` are hidden. Nothing of the arguments is changed, and no container is shared with them.
+
+    Source: transformers 4.57: ``TrainingArguments.to_dict``.
+    """
+    names = [field.name for field in dataclasses.fields(args) if field.init]
+    content = {name: f"<{name.upper()}>" if name.endswith("_token") else _plain(getattr(args, name)) for name in names}
+    return _short_dtypes(content)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, (type, str, torch.Tensor)):
+        return value
+    if callable(getattr(value, "to_dict", None)):
+        return _plain(value.to_dict())
+    if type(value).__name__ == "ParallelismConfig":
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return {name: _plain(item) for name, item in fields.items() if name not in _UNWRITABLE}
+    return value
+
+
+def _short_dtypes(content: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts with each ``torch.dtype`` under a key ``dtype`` as its name without ``torch.``."""
+    short: dict[str, Any] = {}
+    for key, value in content.items():
+        if key == "dtype" and isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        short[key] = _short_dtypes(value) if isinstance(value, dict) else value
+    return short
+
+
+def as_json_text(content: Mapping[str, Any]) -> str:
+    """JSON text, two spaces per level. Infinite numbers become the texts "Infinity" and "-Infinity".
+
+    Raises: TypeError naming the field that JSON cannot hold.
+
+    Example:
+        >>> print(as_json_text({"max_grad_norm": math.inf, "where": Path("out")}))
+        {
+          "max_grad_norm": "Infinity",
+          "where": "out"
+        }
+    """
+    return json.dumps({name: _writable(name, value) for name, value in content.items()}, indent=2, allow_nan=False)
+
+
+def _writable(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value).replace("inf", "Infinity").replace("nan", "NaN")
+    if isinstance(value, Mapping):
+        return {str(key): _writable(name, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_writable(name, item) for item in value]
+    if isinstance(value, (Path, torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    raise TypeError(
+        f"{name}: JSON cannot hold a {type(value).__name__}; override to_dict in the subclass that added it"
+    )

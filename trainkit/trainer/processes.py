@@ -1,0 +1,93 @@
+"""Where this process runs and which of how many it is: asked of accelerate when somebody wants to know."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from trainkit.trainer.arguments import TrainingArguments
+
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+
+
+def local_rank_of_launcher() -> int:
+    """The index of this process on its machine as the launcher wrote it into the environment, 0 without a launcher."""
+    return next((int(os.environ[name]) for name in _LOCAL_RANKS if int(os.environ.get(name, -1)) >= 0), 0)
+
+
+def wants_cpu(args: TrainingArguments) -> bool:
+    """Whether accelerators are left alone: ``use_cpu``, or ``accelerate launch --cpu``."""
+    return args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+
+
+def process_state(args: TrainingArguments) -> Any:
+    """accelerate's ``PartialState`` for these arguments: one for the whole process, made the first time.
+
+    Under a launcher that joins the process group, with ``ddp_backend`` and ``ddp_timeout``; all processes of the run
+    have to get here. A state made for another kind of device is replaced, unless ``use_configured_state`` is on.
+
+    Raises: ValueError if ``ddp_backend`` cannot be used here.
+
+    Source: transformers 4.57: ``TrainingArguments._setup_devices``.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    keep = getattr(args.accelerator_config, "use_configured_state", False)
+    if PartialState._shared_state and not keep and _made_for_another_device(PartialState(), wants_cpu(args)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if PartialState._shared_state:
+        state = PartialState()
+    else:
+        from accelerate.utils import patch_environment
+
+        # accelerate looks there for DeepSpeed while the state is made; afterwards it is as it was.
+        flags = {"ACCELERATE_USE_DEEPSPEED": "true"} if args.deepspeed else {}
+        with patch_environment(**flags):
+            state = PartialState(
+                cpu=wants_cpu(args),
+                backend=args.ddp_backend,
+                timeout=datetime.timedelta(seconds=args.ddp_timeout),
+            )
+    args.local_rank = state.local_process_index
+    return state
+
+
+def _made_for_another_device(state: Any, cpu: bool) -> bool:
+    if cpu:
+        return bool(state.device.type != "cpu")
+    return bool(state._cpu) and torch.accelerator.is_available()
+
+
+def device_of(args: TrainingArguments) -> torch.device:
+    """The device of this process, with its index where there may be several."""
+    device: torch.device = process_state(args).device
+    if device.index is None and device.type not in ("cpu", "mps"):
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    return device
+
+
+@contextlib.contextmanager
+def main_process_first(args: TrainingArguments, local: bool = True) -> Iterator[None]:
+    """The main process runs the block first, the others wait and run it then; also when it fails.
+
+    Args:
+        args: arguments, which know the processes.
+        local: one main process on each machine, for disks that the machines do not share.
+
+    Source: transformers 4.57: ``TrainingArguments.main_process_first``.
+    """
+    state = process_state(args)
+    first = state.is_local_main_process if local else state.is_main_process
+    if not first:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if first:
+            state.wait_for_everyone()

@@ -1,0 +1,192 @@
+"""How the Trainer makes an update out of a group of microbatches: in one call, or microbatch by microbatch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trainkit import rng
+from trainkit.trainer import loop, lr_schedules, optimizers, run_length, steps
+from trainkit.trainer.arguments import TrainingArguments
+from trainkit.trainer.callbacks import CallbackHandler
+from trainkit.trainer.state import TrainerControl, TrainerState
+
+_PER_MICROBATCH = ("training_step", "autocast_smart_context_manager", "_prepare_context_parallel_inputs")
+"""Overrides of these see single microbatches, or another backward pass, so an update is not one call then."""
+_INNER_EVENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
+
+
+class Updates:
+    """The parts of :class:`~trainkit.trainer.run.Run` that make updates."""
+
+    args: TrainingArguments
+    state: TrainerState
+    control: TrainerControl
+    accelerator: Any
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+    current_flos: float
+    step_metrics: dict[str, Any]
+    _step: Any
+    _train_state: Any
+    _last_rate: float | None
+    callback_handler: CallbackHandler
+
+    if TYPE_CHECKING:
+        # Everything else that the Trainer keeps, and its methods, which subclasses replace.
+        def __getattr__(self, name: str) -> Any: ...
+
+    def _begin_steps(self, model: Any) -> None:
+        """Choose between one call of a StepFn per update and a call of ``training_step`` per microbatch."""
+        self._last_rate = None
+        self._nan_losses = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._step = self._train_state = None
+        if not self._works_on_microbatches(model):
+            raw = getattr(self.optimizer, "optimizer", self.optimizer)
+            norm = self.args.max_grad_norm
+            self._step = steps.group_step(
+                self.model,
+                self._loss_in_step,
+                raw,
+                max_grad_norm=norm,
+                strategy="split" if self.args.torch_compile else "eager",
+            )
+            self._train_state = steps.live_state(
+                self.model, raw, max_grad_norm=norm, seed=self.args.seed, step=self.state.global_step
+            )
+
+    def _works_on_microbatches(self, model: Any) -> bool:
+        """Whether something wants to see single microbatches, gradients on the parameters, or another backward."""
+        return bool(
+            self._overridden(_PER_MICROBATCH)
+            or model is not self.model
+            or self.accelerator.num_processes > 1
+            or self.accelerator.scaler is not None
+            or self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or optimizers.needs_live_gradients(self.optimizer)
+            or any(self.callback_handler.listens(event) for event in _INNER_EVENTS)
+            or self.args.include_num_input_tokens_seen != "no"
+        )
+
+    def _loss_in_step(self, inputs: Any, items: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+        return loss
+
+    def _update(self, model: Any, tr_loss: Tensor, group: list[Any], items: Any) -> loop.UpdateResult:
+        """One update from a group of microbatches."""
+        self.current_gradient_accumulation_steps = len(group)
+        for inputs in group:
+            self.current_flos += float(self.floating_point_ops(inputs))
+        if self._step is None:
+            return self._update_by_microbatch(model, tr_loss, group, items)
+        self._set_training_mode(model)
+        batch = steps.inputs_of(group, self._prepare_inputs, items, self._is_normalised(items))
+        self._train_state, metrics = self._step(self._train_state, batch)
+        self.step_metrics = metrics
+        self._add_loss(tr_loss, metrics["loss"].compute())
+        self._advance_schedule()
+        norm: Any = metrics.get("grad_norm")
+        return loop.UpdateResult(True, None if norm is None else norm.value)
+
+    def _loop_hooks(
+        self,
+        model: Any,
+        tr_loss: Tensor,
+        start_epoch: Callable[[int, int], Iterable[Any]],
+        report: Callable[[int, Any], None],
+    ) -> loop.Hooks:
+        return loop.Hooks(
+            event=self._fire,
+            control=lambda: self.control,
+            global_step=lambda: self.state.global_step,
+            start_epoch=start_epoch,
+            get_batch_samples=lambda iterator, n: self.get_batch_samples(iterator, n, self.args.device),
+            update=functools.partial(self._update, model, tr_loss),
+            finished_update=self._finished_update,
+            report=report,
+        )
+
+    def _report_step(
+        self, tr_loss: Tensor, model: Any, trial: Any, ignore_keys: Any, start: float, epoch: int, grad_norm: Any
+    ) -> None:
+        self._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate=self._last_rate
+        )
+
+    def _set_training_mode(self, model: nn.Module) -> None:
+        # Walking the modules costs more than a small step, so the root's mode stands for all.
+        if not model.training:
+            model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+
+    def _add_loss(self, tr_loss: Tensor, loss: Tensor) -> None:
+        if self.args.logging_nan_inf_filter:
+            since = self.state.global_step - self._globalstep_last_logged
+            loss, bad = steps.filtered(tr_loss, loss, since)
+            self._nan_losses += bad
+        tr_loss += loss
+
+    def _update_by_microbatch(self, model: Any, tr_loss: Tensor, group: list[Any], items: Any) -> loop.UpdateResult:
+        for i, inputs in enumerate(group):
+            last = i == len(group) - 1
+            self._count_tokens(inputs)
+            seed = steps.seed_of_microbatch(
+                self.args.seed, self.state.global_step, i if len(group) > 1 else None, self.accelerator.process_index
+            )
+            with rng.seeded(seed, self.args.device), self._sync(model, last):
+                loss = self.training_step(model, inputs, items)
+            self._add_loss(tr_loss, loss)
+            if not last:
+                self._fire("on_substep_end")
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    model.zero_grad()
+                    return loop.UpdateResult(False)
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        norm = None
+        if self.args.max_grad_norm is not None and self.args.max_grad_norm > 0:
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self._fire("on_pre_optimizer_step")
+        self.optimizer.step()
+        self._fire("on_optimizer_step")
+        self._advance_schedule()
+        model.zero_grad()
+        return loop.UpdateResult(True, norm)
+
+    def _sync(self, model: Any, last: bool) -> AbstractContextManager[Any]:
+        if last or self.is_deepspeed_enabled:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def _advance_schedule(self) -> None:
+        self._last_rate = self._get_learning_rate()
+        skipped = bool(getattr(self.optimizer, "step_was_skipped", False))
+        if not skipped and not lr_schedules.is_plateau(self.lr_scheduler):
+            self.lr_scheduler.step()
+
+    def _finished_update(self, epoch: float) -> None:
+        self.state.global_step += 1
+        self.state.epoch = epoch
+        self._fire("on_step_end")
+
+    def _count_tokens(self, inputs: Any) -> None:
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        seen = run_length.tokens_in(inputs, self.model, self.processing_class, self.args.include_num_input_tokens_seen)
+        if seen is not None:
+            counted = self.accelerator.gather(torch.tensor([seen], device=self.args.device)).sum()
+            self.state.num_input_tokens_seen += int(counted)
+
+    def _fire(self, event: str) -> TrainerControl:
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control)
+        return self.control
