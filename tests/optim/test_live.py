@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tests.optim.table import assert_same_bits
 from trainkit import LossOutput, functional, init_state, make_train_step, tree
-from trainkit.execution import compile_step
+from trainkit.execution import FallbackWarning, compile_step
 from trainkit.optim import chain, clip_by_global_norm, live, sgd
 from trainkit.optim.transform import reports
 from trainkit.types import StepFn
@@ -195,7 +195,7 @@ def test_a_call_outside_of_a_donation_changes_nothing(make: Callable[[Any], Opti
         pure(state, batch(0))
     with pytest.raises(ValueError, match="outside a donation scope"):
         step_of(model, tx, donate=False)(state, batch(0))
-    with pytest.raises(ValueError, match="in a chain the last place"):
+    with pytest.raises(ValueError, match="in a chain, the last place"):
         step_of(model, chain(tx, sgd(0.1)))(init_state(model, chain(tx, sgd(0.1)), copy=False), batch(0))
     assert_same_bits(state.params, before)
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
@@ -235,7 +235,7 @@ def test_a_state_of_other_tensors_is_refused() -> None:
     with pytest.raises(ValueError, match=r"params\['first.weight'\] is not the memory of the parameter.*copy=False"):
         init_state(model, tx)
     some = {name: p for name, p in named(model).items() if name != "last.bias"}
-    with pytest.raises(ValueError, match="named: 'last.bias' of the state is missing"):
+    with pytest.raises(ValueError, match=r"named: 'last\.bias' of the state is missing"):
         init_state(model, live(MAKERS["sgd-momentum"](model.parameters()), some), copy=False)
     state, step = init_state(model, tx, copy=False), step_of(model, tx)
     moved = state.replace(params=tree.clone(state.params))
@@ -259,3 +259,16 @@ def test_a_graph_of_the_whole_step_says_what_to_do() -> None:
     run = torch.compile(lambda *args: tx.apply(*args), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"live\(SGD\) runs a Python object.*strategy='split'"):
         run(tree.frozen({"w": torch.ones(2)}), opt_state, params)
+
+
+@pytest.mark.slow
+def test_a_whole_graph_falls_back_to_split_and_says_why() -> None:
+    layer = nn.Linear(2, 1)
+    tx = live(torch.optim.SGD(layer.parameters(), lr=0.5), dict(layer.named_parameters()))
+    model = functional(layer)
+    loss = lambda params, buffers, x: LossOutput(model(params, buffers, x)[0].sum(), x.shape[0])  # noqa: E731
+    step = compile_step(make_train_step(loss, tx), strategy="whole")
+    before = layer.bias.detach().clone()
+    with pytest.warns(FallbackWarning, match=r"live\(SGD\)"):
+        step(init_state(layer, tx, copy=False), torch.ones(4, 2))
+    torch.testing.assert_close(layer.bias.detach(), before - 0.5)

@@ -182,21 +182,13 @@ class TrainerDataLoader(DataLoader[Any]):
         from trainkit.trainer.worker_items import map_batches
 
         assert self._reader is not None
-        return map_batches(self._reader, self._passes_from(*at), rank=self._cut[1], seed=self._seed, **self._work())
+        passes = _passes(self.batch_sampler, *at, is_one=not self._keeps_workers)
+        return map_batches(self._reader, passes, rank=self._cut[1], seed=self._seed, **self._work())
 
     @property
     def _keeps_workers(self) -> bool:
         """Whether workers go on with the next epoch. They have the data set as it was when they began."""
         return self.persistent_workers and not hasattr(self.dataset, "set_epoch")
-
-    def _passes_from(self, epoch: int, start: int) -> Iterator[tuple[int, int, Iterator[Rows]]]:
-        sampler: Any = self.batch_sampler
-        yield epoch, start, sampler.after(start)
-        while self._keeps_workers:
-            epoch += 1
-            if hasattr(sampler.sampler, "set_epoch"):
-                sampler.sampler.set_epoch(epoch)
-            yield epoch, 0, sampler.after(0)
 
     def _work(self) -> dict[str, Any]:
         prefetch = self.prefetch_factor or _PREFETCH
@@ -241,6 +233,17 @@ class TrainerDataLoader(DataLoader[Any]):
         if state is None or world > 1:
             return self._rows.read(self.epoch, None, 0), 0
         return self._rows.read(self.epoch, state, start * size), start
+
+
+def _passes(sampler: Any, epoch: int, start: int, *, is_one: bool) -> Iterator[tuple[int, int, Iterator[Rows]]]:
+    """What workers are to load. It does not hold the loader: with that, a loader out of use would wait for the
+    collector of cycles, and its workers with it."""
+    yield epoch, start, sampler.after(start)
+    while not is_one:
+        epoch += 1
+        if hasattr(sampler.sampler, "set_epoch"):
+            sampler.sampler.set_epoch(epoch)
+        yield epoch, 0, sampler.after(0)
 
 
 def make_dataloader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import time
@@ -127,8 +128,19 @@ class Run(Updates):
             self._deactivate_neftune(self.model)
 
     def _snapshot(self) -> Callable[[], None]:
-        """What puts model, optimizer and counters back as they are now."""
-        return devices.snapshot(self.model)
+        """What puts model, optimizer and schedule back as they are now."""
+        restore_model, made_here = devices.snapshot(self.model), self.optimizer is None
+        memory = copy.deepcopy([None if o is None else o.state_dict() for o in (self.optimizer, self.lr_scheduler)])
+
+        def restore() -> None:
+            restore_model()
+            if made_here:
+                self.optimizer = None
+            for one, before in zip((self.optimizer, self.lr_scheduler), memory, strict=True):
+                if one is not None and before is not None:
+                    one.load_state_dict(before)
+
+        return restore
 
     def _planned_tokens(self, args: TrainingArguments, loader: Any, epochs: float | None, max_steps: int) -> int | None:
         if not args.include_tokens_per_second:
@@ -182,12 +194,14 @@ class Run(Updates):
         epoch, skip = run_length.resume_position(self.state.global_step, per_epoch, args.gradient_accumulation_steps)
         return epoch, 0 if args.ignore_data_skip else skip
 
-    def _start_epoch(self, loader: Any, checkpoint: str | None, epoch: int, skip: int) -> Iterable[Any]:
+    def _start_epoch(self, loader: Any, checkpoint: str | None, first: int, epoch: int, skip: int) -> Iterable[Any]:
         """The microbatches of an epoch after those to skip."""
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         self._fire("on_epoch_begin")
-        self._load_rng_state(checkpoint if epoch == int(self.state.epoch or 0) else None)
+        if epoch == first:
+            # Before anything is fetched, so that what the data draw in this process is the same too.
+            self._load_rng_state(checkpoint)
         return dataloaders.after(loader, skip) if skip else loader
 
     def _log_step(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:

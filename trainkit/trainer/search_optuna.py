@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from trainkit.trainer.outputs import BestRun
@@ -43,7 +44,7 @@ def run(trainer: Any, n_trials: int, direction: str | list[str], **kwargs: Any) 
 
     Source: Trainer 4.57: ``hyperparameter_search``.
     """
-    import optuna
+    optuna: Any = import_module("optuna")
 
     if (jobs := kwargs.pop("n_jobs", 1)) != 1:
         raise ValueError(
@@ -74,7 +75,7 @@ class _Leader:
         self.training = False
 
     def __call__(self, trial: Any) -> Any:
-        import optuna
+        optuna: Any = import_module("optuna")
 
         self.reset()
         if self.trainer.args.world_size > 1:
@@ -92,7 +93,7 @@ class _Leader:
 
 def _follow(trainer: Any, reset: Callable[[], None]) -> None:
     """Train each trial that the main process proposes, until it says that there is no more."""
-    import optuna
+    optuna: Any = import_module("optuna")
 
     while (trial := _shared(None)) is not None:
         reset()
@@ -123,9 +124,10 @@ def should_prune(trial: Any, objective: Any, step: int) -> bool:
 
 def pruned() -> Exception:
     """The exception that tells a study that a trial ended early."""
-    import optuna
+    optuna: Any = import_module("optuna")
 
-    return optuna.TrialPruned()
+    found: Exception = optuna.TrialPruned()
+    return found
 
 
 def _shared(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def default_space(trial: Any) -> dict[str, Any]:
 
     Source: Trainer 4.57: ``default_hp_space_ray``, whose seed is no integer.
     """
-    from ray import tune
+    tune: Any = import_module("ray.tune")
 
     return {
         "learning_rate": tune.loguniform(1e-6, 1e-4),
@@ -44,7 +45,7 @@ def run(trainer: Any, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
 
     Source: Trainer 4.57: ``hyperparameter_search``.
     """
-    from ray import tune
+    tune: Any = import_module("ray.tune")
 
     if direction not in ("minimize", "maximize"):
         raise ValueError(f"direction: got {direction!r}, expected 'minimize' or 'maximize' for ray")
@@ -77,7 +78,7 @@ def run(trainer: Any, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
 
 def _trial(config: dict[str, Any], trainer: Any) -> None:
     """One trial, in its own process; goes on from a checkpoint if Ray gives one."""
-    from ray import tune
+    tune: Any = import_module("ray.tune")
 
     def at_end(metrics: dict[str, Any]) -> None:
         report(metrics, None)
@@ -93,14 +94,14 @@ def _trial(config: dict[str, Any], trainer: Any) -> None:
 
 def report(metrics: dict[str, Any], folder: str | None) -> None:
     """Give Ray the metrics of the trial that runs in this process, and a checkpoint."""
-    from ray import tune
+    tune: Any = import_module("ray.tune")
 
     tune.report(metrics, checkpoint=None if folder is None else tune.Checkpoint.from_directory(folder))
 
 
 def trial_id() -> str:
     """Ray's name of the trial that runs in this process."""
-    from ray import tune
+    tune: Any = import_module("ray.tune")
 
     return str(tune.get_context().get_trial_id())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from trainkit.trainer.outputs import BestRun
@@ -57,7 +58,7 @@ def run(
 
     Source: Trainer 4.57: ``hyperparameter_search``.
     """
-    import wandb
+    wandb: Any = import_module("wandb")
 
     if direction not in ("minimize", "maximize"):
         raise ValueError(f"direction: got {direction!r}, expected 'minimize' or 'maximize' for wandb")
@@ -93,6 +94,6 @@ def run(
 
 def run_id() -> str:
     """The id of the run in this process."""
-    import wandb
+    wandb: Any = import_module("wandb")
 
     return str(wandb.run.id)

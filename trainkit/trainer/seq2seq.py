@@ -43,10 +43,12 @@ class Seq2SeqTrainer(Trainer):
     Source: transformers 4.57: ``Seq2SeqTrainer``.
     """
 
+    args: Seq2SeqTrainingArguments
+
     def __init__(
         self,
         model: Any = None,
-        args: Any = None,
+        args: Seq2SeqTrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -106,6 +108,7 @@ class Seq2SeqTrainer(Trainer):
         """
         from transformers import GenerationConfig
 
+        config: Any
         if isinstance(gen_config_arg, GenerationConfig):
             config = copy.deepcopy(gen_config_arg)
         elif Path(gen_config_arg).is_file():
@@ -116,7 +119,7 @@ class Seq2SeqTrainer(Trainer):
         try:
             config.validate(strict=True)
         except ValueError as error:
-            raise ValueError(f"generation_config: {error}. Correct it before training") from error
+            raise ValueError(f"generation_config: {error}\nCorrect it before training") from error
         return config
 
     def evaluate(

@@ -372,7 +372,7 @@ class Trainer(Run):
                 self.optimizer.train()
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                loss = self._loss_of(model, inputs, num_items_in_batch)
             del inputs
             if not self._is_normalised(num_items_in_batch):
                 loss = loss / self.current_gradient_accumulation_steps
@@ -450,7 +450,7 @@ class Trainer(Run):
         if args.eval_on_start:
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         plan = loop.Plan(num_epochs, max_steps, args.gradient_accumulation_steps, length, start_epoch, skip)
-        batches = functools.partial(self._start_epoch, loader, resume_from_checkpoint)
+        batches = functools.partial(self._start_epoch, loader, resume_from_checkpoint, start_epoch)
         report = functools.partial(self._report_step, tr_loss, model, trial, ignore_keys_for_eval, start)
         loop.run_epochs(plan, self._loop_hooks(model, tr_loss, batches, report))
         return self._end_training(trial, tr_loss, first_step, start, num_samples, max_steps, tokens)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainkit import rng
 from trainkit.trainer import loop, lr_schedules, optimizers, run_length, steps
+from trainkit.trainer.accumulate_predictions import nested_detach
 from trainkit.trainer.arguments import TrainingArguments
 from trainkit.trainer.callbacks import CallbackHandler
 from trainkit.trainer.state import TrainerControl, TrainerState
@@ -37,6 +38,8 @@ class Updates:
     _step: Any
     _train_state: Any
     _last_rate: float | None
+    _group: list[Any]
+    _group_outputs: list[Any]
     callback_handler: CallbackHandler
 
     if TYPE_CHECKING:
@@ -78,12 +81,22 @@ class Updates:
 
     def _loss_in_step(self, inputs: Any, items: Any) -> Tensor:
         with self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+            return self._loss_of(self.model, inputs, items)
+
+    def _loss_of(self, model: Any, inputs: Any, items: Any) -> Tensor:
+        """``compute_loss``; what the model returned is kept for callbacks that ask for it."""
+        loss: Tensor
+        if not self.callback_handler.wanted("outputs"):
+            loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+            return loss
+        loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        self._group_outputs.append(nested_detach(outputs))
         return loss
 
     def _update(self, model: Any, tr_loss: Tensor, group: list[Any], items: Any) -> loop.UpdateResult:
         """One update from a group of microbatches."""
         self.current_gradient_accumulation_steps = len(group)
+        self._group, self._group_outputs = group, []
         for inputs in group:
             self.current_flos += float(self.floating_point_ops(inputs))
         if self._step is None:
@@ -137,6 +150,7 @@ class Updates:
         tr_loss += loss
 
     def _update_by_microbatch(self, model: Any, tr_loss: Tensor, group: list[Any], items: Any) -> loop.UpdateResult:
+        self.step_metrics = {}
         for i, inputs in enumerate(group):
             last = i == len(group) - 1
             self._count_tokens(inputs)
@@ -177,7 +191,14 @@ class Updates:
     def _finished_update(self, epoch: float) -> None:
         self.state.global_step += 1
         self.state.epoch = epoch
-        self._fire("on_step_end")
+        self.control = self.callback_handler.on_step_end(
+            self.args,
+            self.state,
+            self.control,
+            step_metrics=self.step_metrics,
+            batch=self._group,
+            outputs=self._group_outputs,
+        )
 
     def _count_tokens(self, inputs: Any) -> None:
         if self.args.include_num_input_tokens_seen == "no":
