@@ -28,6 +28,7 @@ from trainkit.optim.loss_scale import current_loss_scale as current_loss_scale
 from trainkit.optim.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from trainkit.optim.muon import muon as muon
 from trainkit.optim.nadam import nadam as nadam
+from trainkit.optim.object_rule import object_rule as object_rule
 from trainkit.optim.plateau import init_plateau as init_plateau
 from trainkit.optim.plateau import plateau as plateau
 from trainkit.optim.plateau import reduce_on_plateau as reduce_on_plateau

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -411,3 +412,15 @@ def test_token_files_that_are_none(tmp_path: Path) -> None:
 def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Loader([1, 2, 3], **{"batch_size": 2, **options})
+
+
+def test_workers_of_an_iteration_in_a_cycle_end_when_it_is_collected() -> None:
+    before = children()
+    iterator = iter(Loader(Numbers(), batch_size=2, workers=1))
+    next(iterator)
+    cycle: list[Any] = [iterator]
+    cycle.append(cycle)
+    assert children() > before
+    del iterator, cycle
+    gc.collect()
+    assert children() == before

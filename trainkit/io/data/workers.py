@@ -6,7 +6,6 @@ import atexit
 import signal
 import threading
 import traceback
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -27,7 +26,8 @@ INLINE_BYTES = 1 << 20
 GRACE_SECONDS = 1.0
 """How long a worker may take to end by itself before it is killed."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_running: weakref.WeakSet[Any] = weakref.WeakSet()
+# Held strongly: the collector forgets weak references before it closes an iterator that lies in a cycle.
+_running: set[Any] = set()
 
 
 class RemoteTrace(Exception):
