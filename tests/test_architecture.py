@@ -168,7 +168,7 @@ class TestCore:
 )
 def test_no_file_is_longer_than_500_lines(file: Path) -> None:
     # The Trainer's surface of 74 methods is one file; tests/trainer/test_surface.py keeps it thin.
-    limit = 920 if module_name(file) == "trainkit.trainer.trainer" else 500
+    limit = 930 if module_name(file) == "trainkit.trainer.trainer" else 500
     length = len(file.read_text(encoding="utf-8").splitlines())
     assert length <= limit
 

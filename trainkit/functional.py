@@ -16,9 +16,7 @@ ModelFn = Callable[..., tuple[Any, Buffers]]
 """``(params, buffers, *args, **kwargs) -> (outputs, buffers)``."""
 
 
-def functional(
-    module: nn.Module, *, training: bool | None = None, call: Callable[..., Any] | None = None
-) -> ModelFn:
+def functional(module: nn.Module, *, training: bool | None = None, call: Callable[..., Any] | None = None) -> ModelFn:
     """The module's forward as a pure function of its tensors.
 
     ``outputs, buffers = functional(module)(params, buffers, *args, **kwargs)`` runs ``module(*args, **kwargs)`` with

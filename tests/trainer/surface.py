@@ -18,7 +18,7 @@ class Method:
     Args:
         name: of the method.
         room: the module of trainkit whose functions do its work.
-        calls: through which entry of a run an override is reached.
+        calls: through which entry of a run an override is reached; "users" call it themselves.
     """
 
     name: str
@@ -69,13 +69,13 @@ _load_from_checkpoint              trainer.checkpoints           train, resuming
 _save_optimizer_and_scheduler      trainer.checkpoints           train, at a save
 _load_optimizer_and_scheduler      trainer.checkpoints           train
 _save_rng_state                    trainer.random_state          train, at a save
-_load_rng_state                    trainer.random_state          train
+_load_rng_state                    trainer.random_state          train, resuming
 _load_best_model                   trainer.checkpoints           train, with load_best_model_at_end
 _sorted_checkpoints                trainer.checkpoints           train, at a save
 _rotate_checkpoints                trainer.checkpoints           train, at a save
 _save_scaler                       trainer.checkpoints           train, at a save
 _load_scaler                       trainer.checkpoints           train
-add_callback                       trainer.callbacks             users
+add_callback                       trainer.callbacks             __init__
 remove_callback                    trainer.callbacks             users
 pop_callback                       trainer.callbacks             users
 hyperparameter_search              trainer.search                users

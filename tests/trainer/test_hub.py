@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -201,12 +203,53 @@ def test_jobs_that_wait_can_be_taken_back(tmp_path: Path, there: StandInHub, api
 
 def test_tags_of_a_model_are_added_and_nothing_is_changed() -> None:
     class Model:
-        model_tags = ["lora"]
+        model_tags = ("lora",)
 
     given = {"tags": ["mine"], "license": "mit"}
     assert hub.with_model_tags(given, Model()) == {"tags": ["mine", "lora"], "license": "mit"}
-    assert given["tags"] == ["mine"] and Model.model_tags == ["lora"]
+    assert given["tags"] == ["mine"] and Model.model_tags == ("lora",)
     assert hub.with_model_tags({"license": "mit"}, object()) == {"license": "mit"}
+
+
+RUN = """
+import sys
+import warnings
+from tests.trainer.tiny import make_net, make_rows
+from trainkit.trainer.arguments import TrainingArguments
+from trainkit.trainer.trainer import Trainer
+
+args = TrainingArguments(
+    sys.argv[1], report_to="none", use_cpu=True, max_steps=2, save_steps=1, push_to_hub=True, hub_always_push=True,
+    hub_strategy="all_checkpoints", hub_token="hf_own", eval_strategy="steps", eval_steps=1,
+)
+warnings.simplefilter("error", UserWarning)
+rows = make_rows(8)
+trainer = Trainer(make_net(), args, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+trainer.push_to_hub(tags="mine")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_brings_its_checkpoints_and_its_model_to_the_hub(tmp_path: Path, there: StandInHub) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": there.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    subprocess.run([sys.executable, "-c", RUN, str(tmp_path / "tiny")], check=True, timeout=300, env=environment)
+    assert [commit["message"] for commit in there.commits] == [
+        "Training in progress, step 1",
+        "Training in progress, step 1, checkpoint",
+        "Training in progress, step 2",
+        "Training in progress, step 2, checkpoint",
+        "End of training",
+    ]
+    roots = {name.partition("/")[0] for name in there.files}
+    files = {"README.md", "model.safetensors", "training_args.json"}
+    assert roots == {*files, "checkpoint-1", "checkpoint-2"}
+    for step in (1, 2):
+        for name in ("manifest.json", "trainer_state.json", "model.safetensors"):
+            stored = (tmp_path / "tiny" / f"checkpoint-{step}" / name).read_bytes()
+            assert there.files[f"checkpoint-{step}/{name}"] == stored
+    assert there.files["model.safetensors"] == there.files["checkpoint-2/model.safetensors"]
+    assert b"- mine" in there.files["README.md"] and b"| 2    |" in there.files["README.md"]
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

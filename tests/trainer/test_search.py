@@ -97,7 +97,7 @@ def test_parameters_are_set_and_checked_again() -> None:
 def test_what_the_arguments_refuse_changes_nothing(bad: dict[str, Any]) -> None:
     args = make_args()
     before = dict(vars(args))
-    with pytest.raises(ValueError, match="learning_rate|OptimizerNames|gradient_accumulation_steps"):
+    with pytest.raises(ValueError, match=r"learning_rate|OptimizerNames|gradient_accumulation_steps"):
         search.apply_parameters(args, {"seed": 3, **bad})
     assert vars(args) == before
 
@@ -132,7 +132,7 @@ def test_every_field_takes_back_the_value_that_it_has() -> None:
     assert {name: getattr(args, name) for name in values} == values
 
 
-# -- folders, objectives, libraries ----------------------------------------------------------------------------------------
+# -- folders, objectives, libraries ------------------------------------------------------------------------------------
 
 
 def test_the_folder_of_a_trial() -> None:
@@ -181,7 +181,7 @@ def test_libraries_are_found_by_name_or_refused(monkeypatch: pytest.MonkeyPatch)
     assert search.backend_of(None).name == search.backend_of(HPSearchBackend.OPTUNA).name == "optuna"
     with pytest.raises(ValueError, match="HPSearchBackend: got 'hyperopt'"):
         search.backend_of("hyperopt")
-    with pytest.raises(RuntimeError, match="sigopt.*use optuna"):
+    with pytest.raises(RuntimeError, match=r"sigopt.*use optuna"):
         search.backend_of("sigopt")
     monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="ray is not installed; pip install 'ray\\[tune\\]'"):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, files, read_model
 from trainkit.io.checkpoint.commit import STAGING, TRASH
@@ -222,7 +223,7 @@ def sorted_checkpoints(output_dir: str, prefix: str, use_mtime: bool, best: str 
 
     Source: Trainer 4.57: ``_sorted_checkpoints``.
     """
-    found = numbered(output_dir, prefix)
+    found = numbered(output_dir, prefix) if Path(output_dir).is_dir() else []
     if use_mtime:
         found.sort(key=lambda path: Path(path).stat().st_mtime)
     same = [path for path in found if best is not None and Path(path).resolve() == Path(best).resolve()]
@@ -377,8 +378,14 @@ def report_load(result: Any, model: Any) -> None:
 def write_optimizer(folder: str | Path, optimizer: Any, scheduler: Any, *, should_save: bool) -> None:
     """``optimizer.pt`` and ``scheduler.pt``."""
     if should_save:
-        torch.save(optimizer.state_dict(), Path(folder, OPTIMIZER))
+        state = optimizer.state_dict()
+        # Counters that parameters share would come back as one, which the next run would count up for each of them.
+        torch.save(pytree.tree_map_only(Tensor, _apart, state), Path(folder, OPTIMIZER))
         torch.save(_plain(scheduler.state_dict()), Path(folder, SCHEDULER))
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.dim() == 0 else tensor
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

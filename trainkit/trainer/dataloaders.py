@@ -10,10 +10,10 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from trainkit.trainer import foreign
+from trainkit.trainer.placing import moved as moved
+from trainkit.trainer.placing import placing
 from trainkit.trainer.reading import BatchReader, Rows
 from trainkit.trainer.samplers import SeededRandomSampler, has_length, is_stream
 from trainkit.trainer.sharding import RankBatchSampler, stream_parts
@@ -327,7 +327,7 @@ def make_dataloader(
         even_batches=even_batches,
         seed=seed,
         by_epoch=is_training,
-        place=_placing(device, pin_memory, non_blocking),
+        place=placing(device, pin_memory, non_blocking),
         gradient_state=gradient_state,
         num_workers=workers,
         pin_memory=pin_memory,
@@ -410,7 +410,7 @@ def after(loader: Any, batches: int) -> Iterable[Any]:
     if not batches:
         return loader  # type: ignore[no-any-return]
     if isinstance(loader, DataLoader):
-        from accelerate import skip_first_batches  # type: ignore[import-untyped]
+        from accelerate import skip_first_batches
 
         rest: Any = skip_first_batches(loader, batches)
         if hasattr(rest, "set_epoch") and hasattr(loader, "iteration"):
@@ -427,54 +427,6 @@ def length_of(loader: Any) -> int | None:
         (2, None)
     """
     return len(loader) if has_length(loader) else None
-
-
-def moved(data: Any, device: torch.device | str, *, non_blocking: bool = False) -> Any:
-    """A tree with its tensors on a device: mappings, lists, tuples and named tuples, and objects that have ``to``.
-
-    Args:
-        data: of any kind; it is not changed.
-        device: where to.
-        non_blocking: do not wait for the copies.
-
-    Example:
-        >>> moved({"x": (torch.ones(1), "text")}, "cpu")
-        {'x': (tensor([1.]), 'text')}
-
-    Source: Trainer 4.57: _prepare_input.
-    """
-    return _mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), data, lambda other: other.to(device))
-
-
-def _placing(device: torch.device | str | None, pin_memory: bool, non_blocking: bool) -> Callable[[Any], Any] | None:
-    """How a batch gets to its device; None where it is there."""
-    where = torch.device("cpu" if device is None else device)
-    if where.type == "cpu":
-        return None
-    if not (pin_memory and where.type == "cuda"):
-        return lambda batch: moved(batch, where, non_blocking=non_blocking)
-    # Nobody else writes to what was just page-locked, and torch keeps it until the copy is done.
-    return lambda batch: moved(_mapped(_pinned, batch), where, non_blocking=True)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-
-
-def _mapped(fn: Callable[[Tensor], Tensor], data: Any, place: Callable[[Any], Any] | None = None) -> Any:
-    """A tree with ``fn`` of its tensors, and ``place`` of what knows itself how it is moved."""
-    if isinstance(data, Tensor):
-        return fn(data)
-    is_tree = isinstance(data, Mapping) and not foreign.is_instance(data, "tensordict", "TensorDictBase")
-    if hasattr(data, "to") and not is_tree:
-        return data if place is None else place(data)
-    if is_tree:
-        return type(data)({key: _mapped(fn, value, place) for key, value in data.items()})
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_mapped(fn, value, place) for value in data))
-    if isinstance(data, (tuple, list)):
-        return type(data)(_mapped(fn, value, place) for value in data)
-    return data
 
 
 def _check(batch_size: int, rank: int, world: int, split_batches: bool) -> None:

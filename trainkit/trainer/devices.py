@@ -62,7 +62,7 @@ def plugin_of(accelerator: Any, name: str) -> Any:
 
 
 def enable_gradient_checkpointing(model: Any, kwargs: Any) -> None:
-    """Let the model recompute activations in the backward pass.
+    """Let the model recompute activations in the backward pass, without reentry unless ``kwargs`` ask for it.
 
     Raises: ValueError for a model that cannot.
     """
@@ -72,10 +72,22 @@ def enable_gradient_checkpointing(model: Any, kwargs: Any) -> None:
             f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable; expected a model of "
             "transformers. For other modules use trainkit.execution.remat in a loop of your own"
         )
-    if kwargs is None:
-        enable()
-    else:
-        enable(gradient_checkpointing_kwargs=kwargs)
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False, **(kwargs or {})})
+
+
+def recomputes_by_reentry(model: nn.Module) -> bool:
+    """Whether a model of transformers recomputes by torch's reentrant form, which needs ``backward()`` on the loss.
+
+    Example:
+        >>> recomputes_by_reentry(nn.Linear(1, 1))
+        False
+    """
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            chosen = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if chosen.get("use_reentrant", True):
+                return True
+    return False
 
 
 def set_ddp_options(accelerator: Any, args: Any, model: Any) -> None:

@@ -74,11 +74,12 @@ def unwrapped(model: Any) -> nn.Module:
 
 def base_of(model: Any) -> nn.Module:
     """The module below wrappers and PEFT."""
-    model = unwrapped(model)
-    if is_peft_model(model):
-        get_base = getattr(model, "get_base_model", None)
-        return get_base() if get_base is not None else model.base_model.model  # type: ignore[no-any-return]
-    return model
+    module: Any = unwrapped(model)
+    if is_peft_model(module):
+        get_base = getattr(module, "get_base_model", None)
+        module = get_base() if get_base is not None else module.base_model.model
+    found: nn.Module = module
+    return found
 
 
 def forward_parameters(model: Any) -> dict[str, inspect.Parameter]:

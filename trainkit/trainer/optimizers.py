@@ -321,6 +321,25 @@ def needs_live_gradients(optimizer: Any) -> bool:
     return isinstance(inner, LayerwiseOptimizer) or not names.isdisjoint(_DURING_BACKWARD)
 
 
+def parameters_beside(optimizer: Any, model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer holds that is not the model's, such as the parameters of a loss that a subclass calls.
+
+    Args:
+        optimizer: maybe in the wrapper of accelerate, or None.
+        model: whose parameters are left out.
+
+    Example:
+        >>> import torch
+        >>> model, loss = nn.Linear(1, 1), nn.Bilinear(1, 1, 1, bias=False)
+        >>> adam = torch.optim.Adam([*model.parameters(), *loss.parameters()])
+        >>> parameters_beside(adam, model)[0] is loss.weight
+        True
+    """
+    groups = getattr(optimizer, "param_groups", None) or []
+    own = {id(p) for p in model.parameters()}
+    return [p for group in groups for p in group["params"] if id(p) not in own]
+
+
 _DURING_BACKWARD = frozenset({"lomo_optim.Lomo", "lomo_optim.AdaLomo", "transformers.LayerWiseDummyOptimizer"})
 
 
@@ -340,6 +359,11 @@ def backward_kwargs(args: Any, learning_rate: Callable[[], float]) -> dict[str, 
     """
     row = OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
     return {"learning_rate": learning_rate()} if row is not None and row.takes_model else {}
+
+
+def raw(optimizer: Any) -> Any:
+    """The optimizer itself, without the wrapper that accelerate's ``prepare`` puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def num_trainable_parameters(model: nn.Module) -> int:

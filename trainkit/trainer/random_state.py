@@ -29,7 +29,7 @@ def write_random_state(folder: str | Path, rank: int, world: int) -> None:
     state: dict[str, Any] = {
         "python": random.getstate(),
         # A list: an array would be a pickled object.
-        "numpy": (name, [int(key) for key in keys], *rest),  # type: ignore[union-attr]
+        "numpy": (name, [int(key) for key in keys], *rest),
         "cpu": torch.random.get_rng_state(),
     }
     if torch.cuda.is_available():

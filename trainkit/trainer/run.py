@@ -6,13 +6,14 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainkit.io.data.seeding import seeded
 from trainkit.trainer import (
     best,
     build,
@@ -21,27 +22,25 @@ from trainkit.trainer import (
     devices,
     evaluation,
     label_smoothing,
-    lr_schedules,
     prediction,
+    ragged,
     reporting,
     run_length,
-    samplers,
-    search,
 )
 from trainkit.trainer.arguments import TrainingArguments
-from trainkit.trainer.callbacks import DefaultFlowCallback
+from trainkit.trainer.callbacks import CallbackHandler, DefaultFlowCallback
+from trainkit.trainer.companions import Companions
 from trainkit.trainer.evaluation_ranks import ranks_of
 from trainkit.trainer.foreign import is_processor, is_tokenizer
 from trainkit.trainer.outputs import EvalLoopOutput, TrainOutput
 from trainkit.trainer.progress import PrinterCallback, ProgressCallback
 from trainkit.trainer.state import ExportableState, TrainerState
-from trainkit.trainer.updates import Updates
 
 _SPILL_BYTES = 2**24
 """Predictions of an evaluation that are kept in memory; more of them go to a file in ``output_dir``."""
 
 
-class Run(Updates):
+class Run(Companions):
     """What :class:`~trainkit.trainer.trainer.Trainer` does between its override points."""
 
     def _set_defaults(self) -> None:
@@ -63,7 +62,8 @@ class Run(Updates):
         self._created_lr_scheduler = False
         self._eval_dataloaders: dict[Any, Any] = {}
         self._total_loss_scalar, self._globalstep_last_logged = 0.0, 0
-        self._step = self._train_state = self._last_rate = None
+        self._step = self._last_rate = self._own_rows = None
+        self._share = 1.0
         self.step_metrics = {}
 
     def _take_model(self, model: nn.Module) -> None:
@@ -101,17 +101,29 @@ class Run(Updates):
             return None
         return label_smoothing.LabelSmoother(epsilon=self.args.label_smoothing_factor)
 
-    def _callbacks(self, makers: list[type], given: list[Any]) -> list[Any]:
-        last = PrinterCallback if self.args.disable_tqdm else ProgressCallback
-        return [DefaultFlowCallback, *makers, *given, last]
+    def _take_callbacks(self, given: list[Any]) -> None:
+        """The flow first, then what is given, what reports progress last."""
+        self.callback_handler = CallbackHandler(
+            [DefaultFlowCallback, *given], self.model, self.processing_class, self.optimizer, self.lr_scheduler
+        )
+        self.add_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+
+    def _first_state(self) -> TrainerState:
+        state = self._new_state()
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        return state
 
     def _new_state(self) -> TrainerState:
         exportable = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
-        return TrainerState(
-            is_local_process_zero=self.is_local_process_zero(),
-            is_world_process_zero=self.is_world_process_zero(),
-            stateful_callbacks=exportable,
-        )
+        return TrainerState(stateful_callbacks=exportable)
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the model may not be on the device: it is new, or the constructor left its placing to evaluations."""
+        if self.model_init is not None:
+            return bool(self.place_model_on_device)
+        args = self.args
+        return (args.fp16_full_eval or args.bf16_full_eval) and not args.do_train and not self.is_model_parallel
 
     def _start_with_new_model(self, trial: Any) -> None:
         build.set_seed(self.args.seed, deterministic=self.args.full_determinism)
@@ -122,6 +134,23 @@ class Run(Updates):
     def _has_special_tokens(self) -> bool:
         known = is_tokenizer(self.processing_class) or is_processor(self.processing_class)
         return known and hasattr(self.model, "config")
+
+    def _take_searched_settings(self) -> None:
+        self.label_smoother = self._label_smoother()
+        self.neftune_noise_alpha = self.args.neftune_noise_alpha
+
+    def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A checkpoint for a search that restarts trials, in a folder of its choice."""
+        folder = str(Path(checkpoint_dir) / f"checkpoint-{self.state.global_step}")
+        self.save_model(folder, _internal_call=True)
+        if self.args.should_save:
+            self._save_optimizer_and_scheduler(folder)
+            self.state.save_to_json(str(Path(folder) / checkpoints.STATE))
+
+    def _leave_training(self) -> None:
+        """Also after an error: what stands for a run that is under way."""
+        self.is_in_train = False
+        self._memory_tracker.cur_stage = None
 
     def _leave_neftune(self) -> None:
         if self.neftune_hook_handle is not None:
@@ -154,12 +183,11 @@ class Run(Updates):
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer_and_scheduler(num_training_steps=max_steps)
 
-    def _prepare_state(self, args: TrainingArguments, trial: Any, max_steps: int, num_epochs: int) -> None:
+    def _prepare_state(self, args: TrainingArguments, trial: Any, max_steps: int) -> None:
         self.state = self._new_state()
         self.state.is_hyper_param_search = trial is not None
         self.state.train_batch_size = self._train_batch_size
         self.state.compute_steps(args, max_steps)
-        self.state.init_training_references(self, max_steps, num_epochs, trial)
         self.state.epoch = 0
 
     def _prepare_model(self, loader: Any) -> Any:
@@ -179,9 +207,11 @@ class Run(Updates):
         return self.model_wrapped
 
     def _resume_state(
-        self, args: TrainingArguments, folder: str, per_epoch: int, max_steps: int, num_epochs: int, trial: Any
+        self, args: TrainingArguments, folder: str | None, per_epoch: int, max_steps: int
     ) -> tuple[int, int]:
-        """Take counters and log from a checkpoint; where to go on: (epoch, microbatches to skip)."""
+        """Take counters and log from a checkpoint, if there is one; where to go on: (epoch, microbatches to skip)."""
+        if folder is None:
+            return 0, 0
         stored = checkpoints.read_state(folder)
         self.compare_trainer_and_checkpoint_args(args, stored)
         stored.stateful_callbacks, exportable = self.state.stateful_callbacks, stored.stateful_callbacks
@@ -189,7 +219,6 @@ class Run(Updates):
         self._stored_callbacks = exportable
         self._load_callback_state()
         self.state.compute_steps(args, max_steps)
-        self.state.init_training_references(self, max_steps, num_epochs, trial)
         self.state.train_batch_size = self._train_batch_size
         epoch, skip = run_length.resume_position(self.state.global_step, per_epoch, args.gradient_accumulation_steps)
         return epoch, 0 if args.ignore_data_skip else skip
@@ -199,10 +228,14 @@ class Run(Updates):
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         self._fire("on_epoch_begin")
-        if epoch == first:
+        if epoch == first and checkpoint is not None:
             # Before anything is fetched, so that what the data draw in this process is the same too.
             self._load_rng_state(checkpoint)
-        return dataloaders.after(loader, skip) if skip else loader
+        batches = dataloaders.after(loader, skip) if skip else loader
+        if self.accelerator.num_processes == 1:
+            return batches
+        self._own_rows = ragged.OwnRows(loader, batches, self.accelerator.process_index, self.accelerator.num_processes)
+        return self._own_rows
 
     def _log_step(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:
         updates = self.state.global_step - self._globalstep_last_logged
@@ -245,13 +278,12 @@ class Run(Updates):
         self.is_in_train = False
         self._memory_tracker.stop_and_update_metrics("train", metrics)
         self.log(metrics)
+        found = self._sorted_checkpoints(use_mtime=False, output_dir=self._get_output_dir(trial))
         if self.args.should_save and self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
-            checkpoints.keep_only(
-                self.state.best_model_checkpoint, self._sorted_checkpoints(self._get_output_dir(trial))
-            )
+            checkpoints.keep_only(self.state.best_model_checkpoint, found)
         self._fire("on_train_end")
         self._finish_current_push()
-        self._step = self._train_state = None
+        self._end_steps()
         return TrainOutput(self.state.global_step, loss, metrics)
 
     def _with_speed(self, output: EvalLoopOutput, prefix: str, start: float) -> dict[str, Any]:
@@ -276,17 +308,18 @@ class Run(Updates):
         fresh = self._prepare_for_evaluation_alone()
         model = self._prepare_evaluation(dataloader)
         times = {"model_preparation_time": round(time.time() - before, 4)} if fresh else {}
-        return evaluate(
-            self._evaluation_hooks(model, dataloader),
-            dataloader,
-            times=times,
-            description=description,
-            prediction_loss_only=(
-                self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-            ),
-            ignore_keys=ignore_keys,
-            metric_key_prefix=metric_key_prefix,
-        )
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        # What data and metrics draw must not change the training that an evaluation interrupts.
+        with seeded(self.args.seed):
+            return evaluate(
+                self._evaluation_hooks(model, dataloader),
+                dataloader,
+                times=times,
+                description=description,
+                prediction_loss_only=loss_only,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
 
     def _prepare_for_evaluation_alone(self) -> bool:
         """Let the accelerator have the model, where no training did; whether that was needed."""
@@ -341,120 +374,3 @@ class Run(Updates):
             step = best.best_saved(values, steps, greater_is_better=self.args.greater_is_better)
             self.state.best_model_checkpoint = None if step is None else steps[step]
         self.state.collect_callbacks([*self.callback_handler.callbacks, self.control])
-
-    # -- companions of the surface, which subclasses override too ------------------------------------------------------
-
-    def call_model_init(self, trial: Any = None) -> Any:
-        """A model of ``model_init``."""
-        assert self.model_init is not None
-        return build.call_model_init(self.model_init, trial)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        count = self._count_items(batch_samples)
-        if count is None:
-            return None
-        count = count.to(device)
-        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-            count = self.accelerator.gather(count.reshape(1)).sum()
-        return count
-
-    def _count_items(self, batches: list[Any]) -> Tensor | None:
-        """Labels that count, on this process; None where no loss asks for their number."""
-        if not batches or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-            return None
-        return run_length.count_items(batches, shifted=label_smoothing.is_causal_lm(self.model))
-
-    def _count_for_evaluation(self, batch: Any) -> Any:
-        """The count that makes the loss of a batch a mean over the items of this process."""
-        count = self._count_items([batch])
-        if count is None:
-            return None
-        shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return count.to(self.args.device) * shared
-
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
-        metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
-        self._report_to_hp_search(trial, self.state.global_step, metrics)
-        if lr_schedules.is_plateau(self.lr_scheduler) and not skip_scheduler:
-            self.lr_scheduler.step(best.plateau_metric(metrics, self.args.metric_for_best_model))
-        return metrics
-
-    def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
-        """Whether an evaluation is the best so far, which is then remembered."""
-        if self.args.metric_for_best_model is None:
-            return False
-        found = best.best_update(
-            metrics,
-            metric_for_best_model=self.args.metric_for_best_model,
-            greater_is_better=self.args.greater_is_better,
-            best_metric=self.state.best_metric,
-        )
-        if found.is_better:
-            self.state.best_metric = found.value
-            self.state.best_global_step = self.state.global_step
-        return found.is_better
-
-    def _get_learning_rate(self) -> float:
-        """The rate of the first group of parameters."""
-        return lr_schedules.current_rate(self.lr_scheduler, self.optimizer)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return samplers.train_sampler_for(self.args, dataset, self.processing_class)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return samplers.eval_sampler_for(self.args, eval_dataset, self.processing_class)
-
-    def _is_normalised(self, num_items_in_batch: Any) -> bool:
-        """Whether ``compute_loss`` divides by the items of the group itself."""
-        if self.compute_loss_func is not None:
-            return True
-        return self.model_accepts_loss_kwargs and num_items_in_batch is not None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The files of :meth:`save_model`, on one process."""
-        folder = str(self.args.output_dir) if output_dir is None else output_dir
-        checkpoints.write_model(
-            folder,
-            self.model,
-            processing=self.processing_class or getattr(self.data_collator, "tokenizer", None),
-            args=self.args,
-            state_dict=state_dict,
-        )
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        checkpoints.report_load(load_result, self.model)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """The folder of this run: ``output_dir``, or that of the trial in it."""
-        return search.run_folder(str(self.args.output_dir), self.hp_search_backend, trial, self.hp_name)
-
-    def _load_callback_state(self) -> None:
-        if self.args.restore_callback_states_from_checkpoint:
-            self.control = self.callback_handler.restore(self._stored_callbacks, self.control)
-
-    def compare_trainer_and_checkpoint_args(
-        self, training_args: TrainingArguments, trainer_state: TrainerState
-    ) -> None:
-        """One warning with the settings that the checkpoint was written with and that are others now."""
-        checkpoints.warn_of_changes(training_args, trainer_state, self._train_batch_size)
-
-    def save_state(self) -> None:
-        """``trainer_state.json`` in ``output_dir``."""
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(str(self.args.output_dir)) / checkpoints.STATE))
-
-    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
-        """``<split>_results.json`` and, combined, ``all_results.json`` in ``output_dir``."""
-        if self.is_world_process_zero():
-            reporting.save_metrics(str(self.args.output_dir), split, metrics, combined=combined)
-
-    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
-        """Print metrics as a table."""
-        if self.is_world_process_zero():
-            reporting.log_metrics(split, metrics)
-
-    @staticmethod
-    def metrics_format(metrics: dict[str, Any]) -> dict[str, Any]:
-        """Metrics as they are printed."""
-        return reporting.metrics_format(metrics)

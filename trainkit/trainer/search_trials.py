@@ -65,7 +65,7 @@ def release(trainer: Any) -> None:
     """Let go of everything that holds a model's memory, so that two models are never there at once."""
     trainer.model = trainer.model_wrapped = None
     trainer.optimizer = trainer.lr_scheduler = None
-    trainer._step = trainer._train_state = None
+    trainer._step = None
     handler = trainer.callback_handler
     handler.model = handler.optimizer = handler.lr_scheduler = None
     handler.train_dataloader = handler.eval_dataloader = None

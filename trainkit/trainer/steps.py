@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from trainkit import rng
 from trainkit.accumulate import accumulate
-from trainkit.execution import compile_step
 from trainkit.functional import functional
 from trainkit.gradients import value_and_grad
 from trainkit.optim import chain, clip_by_global_norm
 from trainkit.optim.live import live
-from trainkit.state import TrainState, init_state
+from trainkit.optim.object_rule import has_object_rule, object_rule, part_counters, write_rates
+from trainkit.state import init_state
 from trainkit.step import apply_updates
-from trainkit.types import Batch, Buffers, GradientFn, LossFn, LossOutput, Metrics, Params, StepFn
+from trainkit.types import Buffers, LossFn, LossOutput, Metrics, Params
 
 ComputeLoss = Callable[[Any, Any], Tensor]
 """``(inputs, number of items in the group) -> loss`` of one microbatch."""
@@ -92,57 +92,65 @@ def _scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def group_step(
-    module: nn.Module, compute_loss: ComputeLoss, optimizer: Optimizer, *, max_grad_norm: float | None, strategy: Any
-) -> StepFn:
-    """One update of the live module and optimizer as a StepFn over a list of microbatches.
+class LiveRun:
+    """A module and its torch optimizer, trained by one call of a StepFn per group of microbatches, in their own memory.
 
-    step = apply_updates(accumulate(value_and_grad(loss)), chain(clip_by_global_norm, live(optimizer))), compiled, in
-    the memory of the module.
+    step = apply_updates(accumulate(value_and_grad(loss)), chain(clip_by_global_norm, update)), by ``compile_step``. The
+    update is the object's own ``step()`` (:func:`~trainkit.optim.live`); compiled, its rule over its memory where there
+    is one (:func:`~trainkit.optim.object_rule`), so that the whole step is one graph.
 
     Args:
         module: the model.
         compute_loss: as for :func:`whole_group_loss`.
         optimizer: holds the module's own parameters.
         max_grad_norm: None or 0 clips nothing.
-        strategy: "eager", or "split", which compiles the loss.
-
-    Returns: a StepFn; metrics are ``loss`` and, where gradients are clipped, ``grad_norm``.
+        compiled: whether to compile.
+        seed: of the run.
+        step: completed updates.
     """
-    loss = whole_group_loss(module, compute_loss)
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    update = live(optimizer, named)
-    if max_grad_norm:
-        update = chain(clip_by_global_norm(max_grad_norm), update)
-    alone = compile_step(apply_updates(value_and_grad(loss, unused="omit", mean=True), update), strategy=strategy)
-    several = compile_step(apply_updates(_over_list(loss), update), strategy=strategy)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return alone(state, batch[0]) if len(batch) == 1 else several(state, batch)
+    def __init__(
+        self,
+        module: nn.Module,
+        compute_loss: ComputeLoss,
+        optimizer: Optimizer,
+        *,
+        max_grad_norm: float | None,
+        compiled: bool,
+        seed: int,
+        step: int,
+    ) -> None:
+        # Inductor comes with it, whose import takes as long as all the rest of the Trainer.
+        from trainkit.execution import compile_step
 
-    return step
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._optimizer, self._has_rule = optimizer, compiled and has_object_rule(optimizer)
+        self._clips = bool(max_grad_norm)
+        update = object_rule(optimizer, named) if self._has_rule else live(optimizer, named)
+        if max_grad_norm:
+            update = chain(clip_by_global_norm(max_grad_norm), update)
+        loss = whole_group_loss(module, compute_loss)
+        strategy: Any = "eager" if not compiled else "whole" if self._has_rule else "split"
+        one = apply_updates(value_and_grad(loss, unused="omit", mean=True), update)
+        several = apply_updates(accumulate(value_and_grad(loss, unused="omit")), update)
+        self._one, self._several = compile_step(one, strategy=strategy), compile_step(several, strategy=strategy)
+        state = init_state(module, update, seed=seed, copy=False)
+        self._state = state.replace(step=torch.full_like(state.step, step))
 
+    def __call__(self, group: list[Microbatch]) -> Metrics:
+        """One update; metrics are ``loss`` and, where gradients are clipped, ``grad_norm``."""
+        if self._has_rule:
+            write_rates(self._optimizer, self._state.opt_state["1"] if self._clips else self._state.opt_state)
+        if len(group) == 1:
+            self._state, metrics = self._one(self._state, group[0])
+        else:
+            self._state, metrics = self._several(self._state, group)
+        return metrics
 
-def _over_list(loss: LossFn) -> GradientFn:
-    return accumulate(value_and_grad(loss, unused="omit"))
-
-
-def live_state(
-    module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, seed: int, step: int
-) -> TrainState:
-    """The state whose tensors are those of the module, at ``step``."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    update = live(optimizer, named)
-    if max_grad_norm:
-        update = chain(clip_by_global_norm(max_grad_norm), update)
-    state = init_state(module, update, seed=seed, copy=False)
-    return state.replace(step=torch.full_like(state.step, step))
-
-
-class Clip(Protocol):
-    """``(parameters, max_norm) -> norm``."""
-
-    def __call__(self, parameters: Any, max_norm: float, /) -> Any: ...
+    def close(self) -> None:
+        """Leave the optimizer as its own ``step()`` needs it."""
+        if self._has_rule:
+            part_counters(self._optimizer)
 
 
 def seed_of_microbatch(seed: int, step: int, microbatch: int | None, rank: int = 0) -> int:

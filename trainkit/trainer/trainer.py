@@ -38,7 +38,7 @@ from trainkit.trainer import (
 )
 from trainkit.trainer.accumulate_predictions import nested_numpify
 from trainkit.trainer.arguments import TrainingArguments
-from trainkit.trainer.callbacks import CallbackHandler, TrainerCallback
+from trainkit.trainer.callbacks import TrainerCallback
 from trainkit.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
 from trainkit.trainer.run import Run
 from trainkit.trainer.state import TrainerControl
@@ -126,10 +126,8 @@ class Trainer(Run):
         self._take_model(model)
         self.label_smoother = self._label_smoother()
         self.control = TrainerControl()
-        self.callback_handler = CallbackHandler(
-            self._callbacks(makers, callbacks or []), self.model, processing_class, self.optimizer, self.lr_scheduler
-        )
-        self.state = self._new_state()
+        self._take_callbacks([*makers, *(callbacks or [])])
+        self.state = self._first_state()
         if args.push_to_hub:
             self.init_hf_repo()
         if args.should_save:
@@ -169,7 +167,11 @@ class Trainer(Run):
         if self.train_dataset is None:
             raise ValueError("train_dataset: training needs one")
         return self._get_dataloader(
-            self.train_dataset, "Training", self._train_batch_size, self._get_train_sampler, is_training=True
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -183,12 +185,19 @@ class Trainer(Run):
         if kept is not None and kept[0] is chosen and self.args.dataloader_persistent_workers:
             return kept[1]
         return self._get_dataloader(
-            chosen, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler, dataloader_key=key
+            dataset=chosen,
+            description="Evaluation",
+            batch_size=self.args.eval_batch_size,
+            sampler_fn=self._get_eval_sampler,
+            dataloader_key=key,
         )
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """The batches of a data set to predict on, in order."""
-        return self._get_dataloader(test_dataset, "test", self.args.eval_batch_size, self._get_eval_sampler)
+        size = self.args.eval_batch_size
+        return self._get_dataloader(
+            dataset=test_dataset, description="test", batch_size=size, sampler_fn=self._get_eval_sampler
+        )
 
     def _get_dataloader(
         self,
@@ -203,9 +212,9 @@ class Trainer(Run):
         collator = self.data_collator
         chosen = dataset
         if data.is_table(dataset):
-            dataset = self._remove_unused_columns(dataset, description)
+            dataset = self._remove_unused_columns(dataset, description=description)
         else:
-            collator = self._get_collator_with_removed_columns(collator, description)
+            collator = self._get_collator_with_removed_columns(collator, description=description)
         made = dataloaders.dataloader_for(
             self.args,
             dataset,
@@ -271,7 +280,7 @@ class Trainer(Run):
         if self.lr_scheduler is None:
             self.lr_scheduler = lr_schedules.make_lr_scheduler(
                 self.args.lr_scheduler_type,
-                self.optimizer if optimizer is None else optimizer,
+                optimizers.raw(self.optimizer if optimizer is None else optimizer),
                 self.args.get_warmup_steps(num_training_steps),
                 num_training_steps,
                 dict(self.args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
@@ -333,7 +342,7 @@ class Trainer(Run):
         self._memory_tracker.start("train")
         self.is_in_train = True
         with ExitStack() as stack:
-            stack.callback(setattr, self, "is_in_train", False)
+            stack.callback(self._leave_training)
             self._hp_search_setup(trial)
             self._train_batch_size = self.args.train_batch_size
             if self.model_init is not None:
@@ -345,7 +354,7 @@ class Trainer(Run):
                 stack.callback(self._leave_neftune)
             if resume is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(resume)
-            if self.place_model_on_device or self.args.fp16_full_eval or self.args.bf16_full_eval:
+            if self._is_elsewhere():
                 self._move_model_to_device(self.model, self.args.device)
             run = functools.partial(
                 self._inner_training_loop,
@@ -374,8 +383,7 @@ class Trainer(Run):
             with self.compute_loss_context_manager():
                 loss = self._loss_of(model, inputs, num_items_in_batch)
             del inputs
-            if not self._is_normalised(num_items_in_batch):
-                loss = loss / self.current_gradient_accumulation_steps
+            loss = self._in_group(loss, num_items_in_batch)
             self.accelerator.backward(loss, **optimizers.backward_kwargs(self.args, self._get_learning_rate))
             detached: Tensor = loss.detach()
             return detached
@@ -431,15 +439,12 @@ class Trainer(Run):
         )
         tokens = self._planned_tokens(args, loader, num_epochs if epoch_based else None, max_steps)
         self._prepare_optimization(max_steps)
-        self._prepare_state(args, trial, max_steps, num_epochs)
+        self._prepare_state(args, trial, max_steps)
         model = self._prepare_model(loader)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
-        start_epoch, skip = 0, 0
-        if resume_from_checkpoint is not None:
-            start_epoch, skip = self._resume_state(
-                args, resume_from_checkpoint, per_epoch, max_steps, num_epochs, trial
-            )
+        start_epoch, skip = self._resume_state(args, resume_from_checkpoint, per_epoch, max_steps)
+        self.state.init_training_references(self, max_steps, num_epochs, trial)
         start = time.time()
         first_step = self.state.global_step
         tr_loss = torch.zeros((), device=args.device)
@@ -518,12 +523,11 @@ class Trainer(Run):
             found: dict[str, float] = {}
             for name, one in chosen.items():
                 argument = one if eval_dataset is not None else name
-                found.update(
-                    self.evaluate(argument, ignore_keys=ignore_keys, metric_key_prefix=f"{metric_key_prefix}_{name}")
-                )
+                prefix = f"{metric_key_prefix}_{name}"
+                found.update(self.evaluate(eval_dataset=argument, ignore_keys=ignore_keys, metric_key_prefix=prefix))
             return found
         self._memory_tracker.start("eval")
-        loader = self.get_eval_dataloader(eval_dataset)
+        loader = self.get_eval_dataloader(chosen)
         start = time.time()
         run = self.prediction_loop if self.args.use_legacy_prediction_loop else self.evaluation_loop
         output = run(
@@ -625,7 +629,7 @@ class Trainer(Run):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A folder ``checkpoint-<global_step>``, which is there whole or not at all; older ones go by the limit."""
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         whole = checkpoints.whole_folder(folder, main=self.args.should_save, wait=self.accelerator.wait_for_everyone)
@@ -666,7 +670,7 @@ class Trainer(Run):
     def _load_best_model(self) -> None:
         """Weights of the best checkpoint into the model."""
         assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._issue_warnings_after_load(checkpoints.load_weights(self.state.best_model_checkpoint, self.model))
 
     def _sorted_checkpoints(
         self, output_dir: str | None = None, checkpoint_prefix: str = "checkpoint", use_mtime: bool = False
@@ -677,7 +681,7 @@ class Trainer(Run):
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
         """Delete the oldest checkpoints beyond ``save_total_limit``, never the newest nor the best."""
-        found = self._sorted_checkpoints(output_dir, use_mtime=use_mtime)
+        found = self._sorted_checkpoints(use_mtime=use_mtime, output_dir=output_dir)
         checkpoints.rotate(found, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save_scaler(self, output_dir: str) -> None:
@@ -732,13 +736,15 @@ class Trainer(Run):
         if self.hp_search_backend is None or trial is None:
             return
         search.apply_parameters(self.args, search.parameters_of(self.hp_search_backend, trial, self.hp_space))
+        self._take_searched_settings()
         self.create_accelerator_and_postprocess()
 
     def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None:
         if self.hp_search_backend is None or trial is None:
             return
         self.objective = self.compute_objective(dict(metrics))
-        if search.should_prune(self.hp_search_backend, trial, self.objective, step):
+        save = self._tune_save_checkpoint if self.control.should_save else None
+        if search.should_prune(self.hp_search_backend, trial, self.objective, step, metrics=metrics, save=save):
             self._fire("on_train_end")
             raise search.pruned(self.hp_search_backend)
 
@@ -754,7 +760,7 @@ class Trainer(Run):
         """The model itself, with the options set that its preparation for several processes needs."""
         if training and self.accelerator.num_processes > 1:
             devices.set_ddp_options(self.accelerator, self.args, self.model)
-        if self.args.jit_mode_eval and not training:
+        if self.args.jit_mode_eval:
             return self.torch_jit_model_eval(model, dataloader, training)
         return model
 
@@ -782,7 +788,7 @@ class Trainer(Run):
 
     def _prepare_input(self, data: Any) -> Any:
         """A tree of tensors on the device."""
-        return dataloaders.moved(data, self.args.device)
+        return dataloaders.moved(data, self.args.device, inner=self._prepare_input)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A batch on the device. Raises: ValueError for an empty one."""
@@ -883,11 +889,12 @@ class Trainer(Run):
         name = kwargs.pop("model_name", None) or hub.model_name(self.args)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
+        # An upload that is under way reads the files that are written next.
+        self._finish_current_push()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(model_name=name, **hub.with_model_tags(kwargs, self.model))
-        self._finish_current_push()
         return hub.upload_run(
             self.args, self.hub_model_id, message=commit_message, blocking=blocking, token=token, revision=revision
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import rng
-from trainkit.trainer import loop, lr_schedules, optimizers, run_length, steps
+from trainkit.trainer import devices, loop, lr_schedules, optimizers, ragged, run_length, steps
 from trainkit.trainer.accumulate_predictions import nested_detach
 from trainkit.trainer.arguments import TrainingArguments
 from trainkit.trainer.callbacks import CallbackHandler
@@ -19,6 +20,7 @@ from trainkit.trainer.state import TrainerControl, TrainerState
 
 _PER_MICROBATCH = ("training_step", "autocast_smart_context_manager", "_prepare_context_parallel_inputs")
 """Overrides of these see single microbatches, or another backward pass, so an update is not one call then."""
+_AROUND_LOSS = ("compute_loss_context_manager", "autocast_smart_context_manager")
 _INNER_EVENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
 
 
@@ -36,7 +38,9 @@ class Updates:
     current_flos: float
     step_metrics: dict[str, Any]
     _step: Any
-    _train_state: Any
+    _beside: list[nn.Parameter]
+    _own_rows: ragged.OwnRows | None
+    _share: float
     _last_rate: float | None
     _group: list[Any]
     _group_outputs: list[Any]
@@ -50,20 +54,25 @@ class Updates:
         """Choose between one call of a StepFn per update and a call of ``training_step`` per microbatch."""
         self._last_rate = None
         self._nan_losses = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._step = self._train_state = None
+        self._step = self._own_rows = None
+        self._share = 1.0
+        self._beside = optimizers.parameters_beside(self.optimizer, self.model)
         if not self._works_on_microbatches(model):
-            raw = getattr(self.optimizer, "optimizer", self.optimizer)
-            norm = self.args.max_grad_norm
-            self._step = steps.group_step(
+            plain = not self._overridden(_AROUND_LOSS) and not self.callback_handler.wanted("outputs")
+            self._step = steps.LiveRun(
                 self.model,
-                self._loss_in_step,
-                raw,
-                max_grad_norm=norm,
-                strategy="split" if self.args.torch_compile else "eager",
+                self._loss_in_graph if plain else self._loss_in_step,
+                optimizers.raw(self.optimizer),
+                max_grad_norm=self.args.max_grad_norm,
+                compiled=self.args.torch_compile,
+                seed=self.args.seed,
+                step=self.state.global_step,
             )
-            self._train_state = steps.live_state(
-                self.model, raw, max_grad_norm=norm, seed=self.args.seed, step=self.state.global_step
-            )
+
+    def _end_steps(self) -> None:
+        if self._step is not None:
+            self._step.close()
+        self._step = None
 
     def _works_on_microbatches(self, model: Any) -> bool:
         """Whether something wants to see single microbatches, gradients on the parameters, or another backward."""
@@ -75,9 +84,16 @@ class Updates:
             or self.is_deepspeed_enabled
             or self.is_fsdp_enabled
             or optimizers.needs_live_gradients(self.optimizer)
+            or self._beside
+            or devices.recomputes_by_reentry(self.model)
             or any(self.callback_handler.listens(event) for event in _INNER_EVENTS)
             or self.args.include_num_input_tokens_seen != "no"
         )
+
+    def _loss_in_graph(self, inputs: Any, items: Any) -> Tensor:
+        """``compute_loss`` with nothing around it that a graph could not hold."""
+        loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+        return loss
 
     def _loss_in_step(self, inputs: Any, items: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -103,8 +119,7 @@ class Updates:
             return self._update_by_microbatch(model, tr_loss, group, items)
         self._set_training_mode(model)
         batch = steps.inputs_of(group, self._prepare_inputs, items, self._is_normalised(items))
-        self._train_state, metrics = self._step(self._train_state, batch)
-        self.step_metrics = metrics
+        self.step_metrics = metrics = self._step(batch)
         self._add_loss(tr_loss, metrics["loss"].compute())
         self._advance_schedule()
         norm: Any = metrics.get("grad_norm")
@@ -117,12 +132,13 @@ class Updates:
         start_epoch: Callable[[int, int], Iterable[Any]],
         report: Callable[[int, Any], None],
     ) -> loop.Hooks:
+        device = self.args.device
         return loop.Hooks(
             event=self._fire,
             control=lambda: self.control,
             global_step=lambda: self.state.global_step,
             start_epoch=start_epoch,
-            get_batch_samples=lambda iterator, n: self.get_batch_samples(iterator, n, self.args.device),
+            get_batch_samples=lambda iterator, n: self.get_batch_samples(iterator, n, device),
             update=functools.partial(self._update, model, tr_loss),
             finished_update=self._finished_update,
             report=report,
@@ -143,7 +159,8 @@ class Updates:
             self.optimizer.train()
 
     def _add_loss(self, tr_loss: Tensor, loss: Tensor) -> None:
-        if self.args.logging_nan_inf_filter:
+        # Of a loss on the host one look is cheaper than three kernels, and waits for nothing.
+        if self.args.logging_nan_inf_filter and not (loss.is_cpu and math.isfinite(loss)):
             since = self.state.global_step - self._globalstep_last_logged
             loss, bad = steps.filtered(tr_loss, loss, since)
             self._nan_losses += bad
@@ -151,8 +168,12 @@ class Updates:
 
     def _update_by_microbatch(self, model: Any, tr_loss: Tensor, group: list[Any], items: Any) -> loop.UpdateResult:
         self.step_metrics = {}
+        share = 1.0
+        if self._own_rows is not None:
+            share, self._own_rows.share = self._own_rows.share, 1.0
         for i, inputs in enumerate(group):
             last = i == len(group) - 1
+            self._share = share if last else 1.0
             self._count_tokens(inputs)
             seed = steps.seed_of_microbatch(
                 self.args.seed, self.state.global_step, i if len(group) > 1 else None, self.accelerator.process_index
@@ -163,9 +184,10 @@ class Updates:
             if not last:
                 self._fire("on_substep_end")
                 if self.control.should_epoch_stop or self.control.should_training_stop:
-                    model.zero_grad()
+                    self._forget_gradients(model)
                     return loop.UpdateResult(False)
         self.accelerator.gradient_state._set_sync_gradients(True)
+        self._share_gradients_beside()
         norm = None
         if self.args.max_grad_norm is not None and self.args.max_grad_norm > 0:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
@@ -173,8 +195,26 @@ class Updates:
         self.optimizer.step()
         self._fire("on_optimizer_step")
         self._advance_schedule()
-        model.zero_grad()
+        self._forget_gradients(model)
         return loop.UpdateResult(True, norm)
+
+    def _forget_gradients(self, model: nn.Module) -> None:
+        model.zero_grad()
+        for parameter in self._beside:
+            parameter.grad = None
+
+    def _share_gradients_beside(self) -> None:
+        # Those of the model are shared by its wrapper, during the backward pass.
+        if self.accelerator.num_processes > 1:
+            for parameter in self._beside:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, reduction="mean")
+
+    def _in_group(self, loss: Tensor, items: Any) -> Tensor:
+        """A loss as it counts in its group: among its microbatches, and where rows are missing among processes."""
+        if self._is_normalised(items):
+            return loss if self._share else loss * 0.0
+        return loss / self.current_gradient_accumulation_steps * self._share
 
     def _sync(self, model: Any, last: bool) -> AbstractContextManager[Any]:
         if last or self.is_deepspeed_enabled:
