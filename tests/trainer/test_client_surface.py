@@ -6,8 +6,6 @@ with a value of the same kind.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,12 @@ from tests.trainer.tiny import make_net, make_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trainer.tokenizer:FutureWarning")
 
-OF_A_TRAINER = """
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+OF_A_TRAINER = words("""
 args train model state eval_dataset train_dataset add_callback callback_handler evaluate optimizer processing_class
 data_collator save_model control log is_world_process_zero accelerator model_wrapped lr_scheduler evaluation_loop
 compute_loss tokenizer _get_train_sampler _train_batch_size get_eval_dataloader get_train_dataloader log_metrics
@@ -40,14 +43,14 @@ current_flos hp_search_backend init_hf_repo optimizer_cls_and_kwargs remove_call
 _set_signature_columns_if_needed create_scheduler _maybe_log_save_evaluate prediction_step _inner_training_loop
 compute_loss_func preprocess_logits_for_metrics is_model_parallel place_model_on_device neftune_noise_alpha
 label_smoother gather_function
-""".split()
-OF_THE_STATE = """
+""")
+OF_THE_STATE = words("""
 global_step epoch max_steps best_model_checkpoint best_metric num_train_epochs is_world_process_zero
 is_local_process_zero num_input_tokens_seen save_to_json load_from_json eval_steps logging_steps save_steps log_history
 total_flos train_batch_size trial_name trial_params is_hyper_param_search best_global_step stateful_callbacks
-""".split()
-OF_THE_CONTROL = "should_save should_evaluate should_log should_training_stop should_epoch_stop".split()
-OF_THE_ARGUMENTS = """
+""")
+OF_THE_CONTROL = words("should_save should_evaluate should_log should_training_stop should_epoch_stop")
+OF_THE_ARGUMENTS = words("""
 output_dir dataloader_num_workers weight_decay seed fp16 device n_gpu dataloader_pin_memory dataloader_drop_last
 eval_batch_size gradient_accumulation_steps per_device_train_batch_size hub_model_id num_train_epochs report_to
 dataloader_persistent_workers dataloader_prefetch_factor resume_from_checkpoint gradient_checkpointing
@@ -60,12 +63,12 @@ label_smoothing_factor max_steps optim eval_delay get_warmup_steps greater_is_be
 logging_nan_inf_filter logging_strategy save_total_limit _n_gpu batch_eval_metrics ddp_broadcast_buffers disable_tqdm
 prediction_loss_only warmup_steps max_grad_norm use_cpu accelerator_config include_inputs_for_metrics label_names
 save_only_model tf32
-""".split()
-OF_THE_ACCELERATOR = """
+""")
+OF_THE_ACCELERATOR = words("""
 gather_for_metrics device gather is_main_process unwrap_model process_index prepare print num_processes prepare_model
 state backward reduce wait_for_everyone local_process_index even_batches pad_across_processes free_memory accumulate
 is_local_main_process autocast no_sync clip_grad_norm_ sync_gradients mixed_precision scaler gradient_state
-""".split()
+""")
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -150,8 +153,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
 
 
 PHASES = ("before", "in", "in an evaluation", "after")
-# Before a run 4.57 has no value there.
-STARTS_AS = {"_total_loss_scalar": "number", "_globalstep_last_logged": "number"}
 
 
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
@@ -201,7 +202,7 @@ def test_old_settings_are_taken_by_name(tmp_path: Path) -> None:
     made = trainkit.Trainer(
         model=make_net(),
         args=trainkit.TrainingArguments(str(tmp_path), **SETTINGS),
-        data_collator=trainkit.default_data_collator if hasattr(trainkit, "default_data_collator") else None,
+        data_collator=transformers.default_data_collator,
         train_dataset=make_rows(4),
         eval_dataset=make_rows(4),
         processing_class=None,
@@ -219,13 +220,13 @@ def test_old_settings_are_taken_by_name(tmp_path: Path) -> None:
     assert isinstance(made.optimizer.optimizer, torch.optim.SGD) and made.compute_metrics is metric
 
 
-# -- what callbacks get --------------------------------------------------------------------------------------------------
+# -- what callbacks get ------------------------------------------------------------------------------------------------
 
 ALWAYS = {"model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"}
-EVENTS = """
+EVENTS = words("""
 on_init_end on_train_begin on_train_end on_epoch_begin on_epoch_end on_step_begin on_pre_optimizer_step
 on_optimizer_step on_substep_end on_step_end on_evaluate on_predict on_save on_log on_prediction_step
-""".split()
+""")
 WITH = {"on_evaluate": {"metrics"}, "on_predict": {"metrics"}, "on_log": {"logs"}}
 
 
@@ -263,10 +264,11 @@ def test_keyword_arguments_of_callbacks(tmp_path: Path) -> None:
         assert theirs.keys() <= ours.keys(), event
         assert {k: kind(ours[k]) for k in theirs} == {k: kind(v) for k, v in theirs.items()}, event
         for name in WITH.get(event, set()):
-            assert ours[name].keys() == theirs[name].keys(), event
+            # With disable_tqdm, 4.57 takes total_flos out of the logs of the last event.
+            assert theirs[name].keys() <= ours[name].keys() <= {*theirs[name], "total_flos"}, event
 
 
-# -- subclasses ----------------------------------------------------------------------------------------------------------
+# -- subclasses --------------------------------------------------------------------------------------------------------
 
 
 def test_a_training_step_of_ones_own_sees_gradients_and_parameters(tmp_path: Path) -> None:
@@ -443,93 +445,3 @@ def test_a_loss_with_parameters_of_its_own(tmp_path: Path) -> None:
         sgd.step()
     torch.testing.assert_close(dict(Own.head.state_dict()), dict(head.state_dict()))
     torch.testing.assert_close(dict(trainer.model.state_dict()), dict(model.state_dict()))
-
-
-# -- arguments that others derive from ------------------------------------------------------------------------------------
-
-
-@dataclass
-class TheirConfig(trainkit.TrainingArguments):
-    """Other defaults, new fields, more done after the beginning."""
-
-    _VALID_DICT_FIELDS = [*trainkit.TrainingArguments._VALID_DICT_FIELDS, "prompts"]  # noqa: RUF012
-
-    learning_rate: float = field(default=1e-3, metadata={"help": "other than there"})
-    logging_steps: float = field(default=10)
-    gradient_checkpointing: bool = field(default=True)
-    bf16: bool | None = field(default=None)
-    average_tokens_across_devices: bool = field(default=False)
-    max_length: int | None = field(default=1024)
-    prompts: dict[str, str] | str | None = field(default=None)
-    model_init_kwargs: dict[str, Any] | str | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        super().__post_init__()
-        self.prediction_loss_only = True
-        self.ddp_broadcast_buffers = False
-
-    def to_dict(self) -> dict[str, Any]:
-        found = super().to_dict()
-        del found["model_init_kwargs"]
-        return found
-
-    def get_warmup_steps(self, num_training_steps: int) -> int:
-        return 1
-
-
-@dataclass
-class Mixed:
-    margin: float = 0.5
-
-
-@dataclass
-class MixedConfig(Mixed, TheirConfig):
-    """With another dataclass before it."""
-
-
-@pytest.mark.parametrize("cls", [TheirConfig, MixedConfig])
-def test_other_defaults_and_fields(cls: Any, tmp_path: Path) -> None:
-    args = cls(output_dir=str(tmp_path), report_to="none", use_cpu=True, prompts='{"a": "b"}')
-    assert (args.learning_rate, args.logging_steps, args.max_length, args.bf16) == (1e-3, 10, 1024, True)
-    assert args.gradient_checkpointing and args.prediction_loss_only and args.ddp_broadcast_buffers is False
-    assert args.prompts == {"a": "b"} and "model_init_kwargs" not in args.to_dict()
-    changed = dataclasses.replace(args, include_inputs_for_metrics=True, remove_unused_columns=False)
-    assert type(changed) is cls and not changed.remove_unused_columns and changed.max_length == 1024
-    again = cls(**{k: v for k, v in args.to_dict().items() if k not in ("hub_token", "push_to_hub_token")})
-    assert again.to_dict() == args.to_dict()
-
-
-def test_their_configuration_trains(tmp_path: Path) -> None:
-    args = MixedConfig(
-        output_dir=str(tmp_path), **{**SETTINGS, "learning_rate": 0.1}, bf16=False, gradient_checkpointing=False
-    )
-    trainer = trainkit.Trainer(make_net(), args, train_dataset=make_rows(8), eval_dataset=make_rows(4))
-    trainer.train()
-    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
-    # The warm-up is the override's.
-    assert rates == pytest.approx([0.0, 0.1, 0.1 * 2 / 3, 0.1 / 3])
-    assert isinstance(trainer.evaluate(), Mapping)
-
-
-@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}, {"use_reentrant": False}])
-@pytest.mark.parametrize("by", ["arguments", "hand"])
-def test_gradient_checkpointing(by: str, kwargs: Any, tmp_path: Path) -> None:
-    def trained(**settings: Any) -> Any:
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
-        )
-        model = transformers.LlamaForCausalLM(config)
-        if by == "hand" and settings:
-            model.gradient_checkpointing_enable(kwargs)
-        args = trainkit.TrainingArguments(
-            str(tmp_path), **{**SETTINGS, "eval_strategy": "no", "save_strategy": "no"}, **(settings if by != "hand" else {})
-        )
-        rows = [{"input_ids": torch.arange(5) + i, "labels": torch.arange(5) + i} for i in range(6)]
-        trainer = trainkit.Trainer(model, args, train_dataset=rows)
-        trainer.train()
-        return dict(trainer.model.state_dict())
-
-    changed = trained(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
-    torch.testing.assert_close(changed, trained())

@@ -1,4 +1,4 @@
-"""Ways to customise a Trainer, beside the same code on transformers 4.57, and the two ways of an update beside each other."""
+"""Ways to customise a Trainer, beside the same code on transformers 4.57, and the two ways of an update."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same_training(body: Any, folder: Path, arguments: dict[str, Any] | No
     return ours
 
 
-# -- compute_loss ------------------------------------------------------------------------------------------------------
+# -- compute_loss ----------------------------------------------------------------------------------------------------
 
 
 def weighted_loss(cls: Any) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_a_loss_function_gets_the_items_of_the_whole_group(accumulation: int, tm
     assert losses(ours) == pytest.approx(losses(whole), rel=1e-5)
 
 
-# -- training_step -------------------------------------------------------------------------------------------------------
+# -- training_step ---------------------------------------------------------------------------------------------------
 
 
 def noisy_step(cls: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_a_step_of_ones_own(body: Any, accumulation: int, tmp_path: Path) -> Non
     assert_same_training(body, tmp_path, {"gradient_accumulation_steps": accumulation, "optim": "sgd"})
 
 
-# -- optimizers ----------------------------------------------------------------------------------------------------------
+# -- optimizers ------------------------------------------------------------------------------------------------------
 
 
 def given_optimizers(net: Net) -> tuple[Any, Any]:
@@ -183,7 +183,7 @@ def test_a_class_and_its_arguments(tmp_path: Path) -> None:
     assert_same_training(None, tmp_path, optimizer_cls_and_kwargs=given)
 
 
-# -- what a model returns -------------------------------------------------------------------------------------------------
+# -- what a model returns --------------------------------------------------------------------------------------------
 
 
 class Returns(nn.Module):
@@ -267,7 +267,7 @@ def test_a_new_model_for_each_training(tmp_path: Path) -> None:
     assert_same_training(None, tmp_path, model_init=lambda: Net())
 
 
-# -- switches --------------------------------------------------------------------------------------------------------------
+# -- switches --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -310,22 +310,15 @@ def test_gradient_checkpointing_changes_no_number(model: Any, tmp_path: Path) ->
     assert found[1].model.is_gradient_checkpointing
 
 
-def test_bf16_on_the_cpu(tmp_path: Path) -> None:
-    seen: list[torch.dtype] = []
-
-    def watched(cls: Any) -> dict[str, Any]:
-        def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append(torch.get_autocast_dtype("cpu"))
-            return cls.compute_loss(self, *args, **kwargs)
-
-        return {"compute_loss": compute_loss}
-
+def test_bf16_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 4.57 leaves its precision in the environment, where accelerate would read it in the tests that follow.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     ours = train("ours", None, tmp_path, {"bf16": True, "gradient_accumulation_steps": 2})
     full = train("ours", None, tmp_path / "full", {"gradient_accumulation_steps": 2})
     assert losses(ours) != losses(full)
     assert losses(ours) == pytest.approx(losses(full), rel=0.05)
     assert all(p.dtype == torch.float32 for p in ours.model.parameters())
-    theirs = train("theirs", watched, tmp_path, {"bf16": True, "gradient_accumulation_steps": 2})
+    theirs = train("theirs", None, tmp_path, {"bf16": True, "gradient_accumulation_steps": 2})
     assert losses(ours) == pytest.approx(losses(theirs), abs=2e-3)
 
 
@@ -338,7 +331,7 @@ def test_compiled_training_has_the_same_numbers(accumulation: int, tmp_path: Pat
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
 
 
-# -- one call per update, and microbatch by microbatch -------------------------------------------------------------------
+# -- one call per update, and microbatch by microbatch ---------------------------------------------------------------
 
 
 def only_super(cls: Any) -> dict[str, Any]:

@@ -28,10 +28,10 @@ class OwnRows:
         >>> from trainkit.trainer.dataloaders import make_dataloader
         >>> loader = make_dataloader(list(range(5)), batch_size=2, collate_fn=torch.tensor, rank=1, world=2)
         >>> [batch.tolist() for batch in loader]
-        [[2, 3], [0, 1]]
+        [[2, 3], [1, 2]]
         >>> own = OwnRows(loader, loader, 1, 2)
         >>> [(batch.tolist(), own.share) for batch in own]
-        [([2, 3], 1.0), ([0], 0.0)]
+        [([2, 3], 1.0), ([1], 0.0)]
     """
 
     def __init__(self, loader: Any, batches: Iterable[Any], rank: int, world: int) -> None:
