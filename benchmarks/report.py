@@ -36,13 +36,15 @@ def ratio(times: list[float], of_peer: list[float]) -> dict[str, float]:
     return {"ratio": median(times) / median(of_peer), "lowest": min(rounds), "highest": max(rounds)}
 
 
-def published(part: str, times: Mapping[str, list[float]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def published(
+    part: str, times: Mapping[str, list[float]], pairs: Sequence[tuple[str, str]], *, decimals: int = 1
+) -> dict[str, Any]:
     """Print the medians of a part and the ratios of pairs (a way, its peer), and give them for the file of results."""
     medians = {name: median(values) for name, values in times.items()}
     ratios = {f"{a} / {b}": ratio(times[a], times[b]) for a, b in pairs}
     print(f"\n{part}, median of {len(next(iter(times.values())))}, in milliseconds")
     for name, value in medians.items():
-        print(f"  {name:24} {value * 1e3:9.1f}")
+        print(f"  {name:24} {value * 1e3:9.{decimals}f}")
     for name, found in ratios.items():
         print(f"  {name:46} {found['ratio']:.3f} ({found['lowest']:.3f}-{found['highest']:.3f})")
     return {part: medians, f"{part}_ratio": ratios}

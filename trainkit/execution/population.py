@@ -115,8 +115,8 @@ def member_value_and_grad(
     Args:
         loss: ``(params, buffers, batch) -> LossOutput``.
         rank: as for ``value_and_grad``, for a state alone; :func:`over_population` seeds the draws of all members.
-        unused: "error" or "zero", as for ``value_and_grad``. Inside a graph a parameter that the loss does not use cannot
-            be told from one whose gradient is zero, and "error" finds it outside only.
+        unused: "error" or "zero", as for ``value_and_grad``. Inside a graph a parameter that the loss does not use
+            cannot be told from one whose gradient is zero, and "error" finds it outside only.
         scale: as for ``value_and_grad``.
         mean: as for ``value_and_grad``.
 
