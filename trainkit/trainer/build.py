@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainkit.trainer.samplers import has_length
 from trainkit.trainer.foreign import base_of, forward_parameters, is_peft_model, is_pretrained_model, takes_any_keyword
 
 
@@ -37,7 +38,7 @@ def check_constructor(
     optimizer, scheduler = optimizers
     if model is None and model_init is None:
         raise RuntimeError("model: got neither a model nor model_init; expected one of them")
-    if args.batch_eval_metrics and compute_metrics is not None and not _takes(compute_metrics, "compute_result"):
+    if args.batch_eval_metrics and callable(compute_metrics) and not takes(compute_metrics, "compute_result"):
         raise ValueError("compute_metrics: with batch_eval_metrics=True it needs a parameter compute_result (bool)")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise ValueError(
@@ -47,7 +48,7 @@ def check_constructor(
         raise ValueError(
             "metric_for_best_model: save_strategy='best' and load_best_model_at_end need the name of a metric"
         )
-    if train_dataset is not None and not _has_length(train_dataset) and args.max_steps <= 0:
+    if train_dataset is not None and not has_length(train_dataset) and args.max_steps <= 0:
         raise ValueError("max_steps: train_dataset has no length, so the number of updates must be given")
     if args.group_by_length and isinstance(train_dataset, torch.utils.data.IterableDataset):
         raise ValueError("group_by_length: the lengths of an IterableDataset are not known; set it to False")
@@ -107,18 +108,19 @@ def _trainable_when_quantised(model: Any) -> bool:
     return bool(getattr(quantizer, "is_trainable", False))
 
 
-def _takes(fn: Any, name: str) -> bool:
-    if isinstance(fn, dict):
-        return True
+def takes(fn: Callable[..., Any], name: str, *, position: int | None = None) -> bool:
+    """Whether a function takes a keyword, or as many arguments as to have one at ``position``.
+
+    Example:
+        >>> takes(lambda a, b: 0, "b"), takes(lambda a, **more: 0, "b"), takes(lambda a, other: 0, "b", position=1)
+        (True, True, True)
+    """
     parameters = inspect.signature(fn).parameters.values()
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _has_length(data: Any) -> bool:
-    try:
-        return len(data) is not None
-    except (TypeError, NotImplementedError, AttributeError):
-        return False
+    if any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
+        return True
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    any_place = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return position is not None and (any_place or len(by_place) > position)
 
 
 def call_model_init(model_init: Callable[..., Any], trial: Any) -> nn.Module:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, files, read_model
-from trainkit.io.checkpoint.commit import STAGING, TRASH
+from trainkit.io.checkpoint.commit import STAGING, publish, remove
 from trainkit.io.checkpoint.interop import read_torch_file
 from trainkit.io.checkpoint.model_files import first_names, flush_all
 from trainkit.trainer.foreign import is_peft_model, is_pretrained_model, unwrapped
@@ -30,7 +30,6 @@ from trainkit.trainer.state import TrainerState
 STATE, ARGUMENTS, MANIFEST = "trainer_state.json", "training_args.json", "manifest.json"
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 WEIGHTS, PICKLED_WEIGHTS, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _FORMAT = {"format": "trainkit.trainer", "version": 1}
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _CHUNK = 2**20
@@ -84,14 +83,11 @@ def _publish(staging: Path, folder: Path) -> None:
         content = {**_FORMAT, "files": _digests(staging)}
         files.write_new(fd, MANIFEST, [json.dumps(content, indent=1, sort_keys=True).encode()])
         os.fsync(fd)
-    old = folder.with_name(f"{TRASH}{_tag(folder.name)}")
     with files.opened(folder.parent) as parent:
-        if files.exists(parent, folder.name):
-            _remove(old)
-            files.rename(parent, folder.name, old.name)
-        files.rename(parent, staging.name, folder.name)
+        replaced = publish(parent, staging.name, folder.name, own=True)
         os.fsync(parent)
-    _remove(old)
+        if replaced is not None:
+            files.remove_tree(parent, replaced)
 
 
 def _remove(path: Path) -> None:
@@ -245,25 +241,18 @@ def rotate(found: Sequence[str], limit: int | None, best: str | None) -> None:
         return
     newest_is_best = best is None or Path(found[-1]).resolve() == Path(best).resolve()
     keep = 2 if limit == 1 and not newest_is_best else limit
-    for path in found[: max(0, len(found) - keep)]:
-        _remove_checkpoint(Path(path))
+    _remove_checkpoints(map(Path, found[: max(0, len(found) - keep)]))
 
 
 def keep_only(best: str, found: Sequence[str]) -> None:
     """Delete all checkpoints but the best."""
-    for path in found:
-        if Path(path).resolve() != Path(best).resolve():
-            _remove_checkpoint(Path(path))
+    _remove_checkpoints(path for path in map(Path, found) if path.resolve() != Path(best).resolve())
 
 
-def _remove_checkpoint(path: Path) -> None:
-    # Renamed first, so that a kill on the way leaves no half checkpoint under its name.
-    trash = path.with_name(f"{TRASH}{_tag(path.name)}")
-    _remove(trash)
-    with files.opened(path.parent) as parent:
-        files.rename(parent, path.name, trash.name)
-        os.fsync(parent)
-    _remove(trash)
+def _remove_checkpoints(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with files.opened(path.parent) as parent:
+            remove(parent, [path.name])
 
 
 # -- the model -------------------------------------------------------------------------------------------------------

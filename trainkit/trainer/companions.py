@@ -28,6 +28,10 @@ from trainkit.trainer.updates import Updates
 class Companions(Updates):
     """The companions of the surface; :class:`~trainkit.trainer.trainer.Trainer` has them through its bases."""
 
+    loss_is_scaled_for_ga: bool | None = None
+    """For subclasses whose ``compute_loss`` takes ``num_items_in_batch`` and divides by something else: False lets their
+    losses be averaged over the microbatches of a group. As in transformers 5."""
+
     def call_model_init(self, trial: Any = None) -> Any:
         """A model of ``model_init``."""
         assert self.model_init is not None
@@ -96,7 +100,14 @@ class Companions(Updates):
         return samplers.eval_sampler_for(self.args, eval_dataset, self.processing_class)
 
     def _is_normalised(self, num_items_in_batch: Any) -> bool:
-        """Whether ``compute_loss`` divides by the items of the group itself."""
+        """Whether ``compute_loss`` divides by the items of the group itself.
+
+        ``loss_is_scaled_for_ga`` says so. Where it is None, one that is not given their number does not.
+        """
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        if not self._loss_takes_count:
+            return False
         if self.compute_loss_func is not None:
             return True
         return self.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -69,7 +69,7 @@ class Hooks:
         global_step: completed updates.
         start_epoch: ``(epoch, skip) -> iterable`` the microbatches of a pass after those to skip.
         get_batch_samples: ``(iterator, n) -> (microbatches, item count)``.
-        update: ``(microbatches, item count) -> grad norm``, or None if it was given up half way. One optimizer step.
+        update: ``(microbatches, item count) -> UpdateResult``: one optimizer step.
         finished_update: ``(epoch as a float)``, after an update: counters, events.
         report: ``(epoch, grad norm)``: log, evaluate, save, as the flags say.
     """

@@ -65,6 +65,7 @@ class Run(Companions):
         self._step = self._last_rate = self._own_rows = None
         self._share = 1.0
         self.step_metrics = {}
+        self._look_at_overrides()
 
     def _take_model(self, model: nn.Module) -> None:
         """Make a model this trainer's, with what is derived from it."""
@@ -151,6 +152,7 @@ class Run(Companions):
         """Also after an error: what stands for a run that is under way."""
         self.is_in_train = False
         self._memory_tracker.cur_stage = None
+        self._end_steps()
 
     def _leave_neftune(self) -> None:
         if self.neftune_hook_handle is not None:
@@ -179,6 +181,12 @@ class Run(Companions):
         return int(tokens * (args.num_train_epochs if epochs is not None else args.gradient_accumulation_steps))
 
     def _prepare_optimization(self, max_steps: int) -> None:
+        config: Any = self.args.accelerator_config
+        if self.accelerator.num_processes > 1 and not config.even_batches:
+            raise ValueError(
+                "accelerator_config: with even_batches=False processes would have unequal numbers of batches and wait "
+                "for each other; leave it True for training (repeated rows count once)"
+            )
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer_and_scheduler(num_training_steps=max_steps)
@@ -283,7 +291,6 @@ class Run(Companions):
             checkpoints.keep_only(self.state.best_model_checkpoint, found)
         self._fire("on_train_end")
         self._finish_current_push()
-        self._end_steps()
         return TrainOutput(self.state.global_step, loss, metrics)
 
     def _with_speed(self, output: EvalLoopOutput, prefix: str, start: float) -> dict[str, Any]:
@@ -329,6 +336,7 @@ class Run(Companions):
         return True
 
     def _prepare_evaluation(self, dataloader: Any) -> Any:
+        self._look_at_overrides()
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
             model = model.to(torch.float16 if self.args.fp16_full_eval else torch.bfloat16).to(self.args.device)

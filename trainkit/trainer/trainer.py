@@ -600,7 +600,7 @@ class Trainer(Run):
             if self.args.label_names is None
             else None,
             can_return_loss=self.can_return_loss,
-            compute_loss=self.compute_loss,
+            compute_loss=self._call_loss,
             num_items=self._count_for_evaluation,
             context=self.compute_loss_context_manager,
         )

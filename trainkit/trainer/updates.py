@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import rng
-from trainkit.trainer import devices, loop, lr_schedules, optimizers, ragged, run_length, steps
+from trainkit.trainer import build, devices, loop, lr_schedules, optimizers, ragged, run_length, steps
 from trainkit.trainer.accumulate_predictions import nested_detach
 from trainkit.trainer.arguments import TrainingArguments
 from trainkit.trainer.callbacks import CallbackHandler
@@ -21,6 +22,7 @@ from trainkit.trainer.state import TrainerControl, TrainerState
 _PER_MICROBATCH = ("training_step", "autocast_smart_context_manager", "_prepare_context_parallel_inputs")
 """Overrides of these see single microbatches, or another backward pass, so an update is not one call then."""
 _AROUND_LOSS = ("compute_loss_context_manager", "autocast_smart_context_manager")
+_IS_TRAINING = operator.attrgetter("training")
 _INNER_EVENTS = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
 
 
@@ -40,6 +42,8 @@ class Updates:
     _step: Any
     _beside: list[nn.Parameter]
     _own_rows: ragged.OwnRows | None
+    _loss_takes_count: bool
+    _step_takes_count: bool
     _share: float
     _last_rate: float | None
     _group: list[Any]
@@ -52,6 +56,9 @@ class Updates:
 
     def _begin_steps(self, model: Any) -> None:
         """Choose between one call of a StepFn per update and a call of ``training_step`` per microbatch."""
+        self._end_steps()
+        self._look_at_overrides()
+        self._modules = list(self.model.modules())
         self._last_rate = None
         self._nan_losses = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._step = self._own_rows = None
@@ -90,9 +97,20 @@ class Updates:
             or self.args.include_num_input_tokens_seen != "no"
         )
 
+    def _look_at_overrides(self) -> None:
+        """Which of the methods that users replace know the number of items in a group; some are written without it."""
+        self._loss_takes_count = build.takes(self.compute_loss, "num_items_in_batch")
+        self._step_takes_count = build.takes(self.training_step, "num_items_in_batch", position=2)
+
+    def _call_loss(self, model: Any, inputs: Any, **options: Any) -> Any:
+        """``compute_loss``, with the number of items if it takes that."""
+        if not self._loss_takes_count:
+            options.pop("num_items_in_batch", None)
+        return self.compute_loss(model, inputs, **options)
+
     def _loss_in_graph(self, inputs: Any, items: Any) -> Tensor:
         """``compute_loss`` with nothing around it that a graph could not hold."""
-        loss: Tensor = self.compute_loss(self.model, inputs, num_items_in_batch=items)
+        loss: Tensor = self._call_loss(self.model, inputs, num_items_in_batch=items)
         return loss
 
     def _loss_in_step(self, inputs: Any, items: Any) -> Tensor:
@@ -103,9 +121,9 @@ class Updates:
         """``compute_loss``; what the model returned is kept for callbacks that ask for it."""
         loss: Tensor
         if not self.callback_handler.wanted("outputs"):
-            loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+            loss = self._call_loss(model, inputs, num_items_in_batch=items)
             return loss
-        loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        loss, outputs = self._call_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
         self._group_outputs.append(nested_detach(outputs))
         return loss
 
@@ -152,8 +170,8 @@ class Updates:
         )
 
     def _set_training_mode(self, model: nn.Module) -> None:
-        # Walking the modules costs more than a small step, so the root's mode stands for all.
-        if not model.training:
+        # `train()` walks the modules and costs more than a small step.
+        if not all(map(_IS_TRAINING, self._modules)):
             model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
@@ -179,7 +197,8 @@ class Updates:
                 self.args.seed, self.state.global_step, i if len(group) > 1 else None, self.accelerator.process_index
             )
             with rng.seeded(seed, self.args.device), self._sync(model, last):
-                loss = self.training_step(model, inputs, items)
+                counted = (items,) if self._step_takes_count else ()
+                loss = self.training_step(model, inputs, *counted)
             self._add_loss(tr_loss, loss)
             if not last:
                 self._fire("on_substep_end")

@@ -53,7 +53,7 @@ def commit(folder: int, name: str, contents: Contents, finish: Finish, *, own: b
             files.write_new(fd, MANIFEST, [finish(written)])
             os.fchmod(fd, mode)
             os.fsync(fd)
-        replaced = _publish(folder, staging, name, own)
+        replaced = publish(folder, staging, name, own=own)
     except BaseException:
         _discard(folder, staging)
         raise
@@ -72,7 +72,13 @@ def _made(folder: int, name: str) -> Iterator[tuple[int, int]]:
         yield fd, mode
 
 
-def _publish(folder: int, staging: str, name: str, own: bool) -> str | None:
+def publish(folder: int, staging: str, name: str, *, own: bool) -> str | None:
+    """Give a filled and flushed folder its name. The caller flushes the folder that holds it.
+
+    Args: as for :func:`commit`; ``staging`` is the name that it has.
+
+    Returns: the name that what stood there has now, if there was something.
+    """
     if not files.exists(folder, name):
         files.rename(folder, staging, name)
         return None
