@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,27 @@ def test_an_error_in_a_compiled_run_leaves_the_optimizer_as_its_own_step_needs_i
     counters = [memory["step"] for memory in trainer.optimizer.state.values()]
     assert len({counter.data_ptr() for counter in counters}) == len(counters) > 1
     assert {float(counter) for counter in counters} == {1.0}
+
+
+def test_what_a_subclass_knows_better_stays_when_model_init_makes_the_model(tmp_path: Path) -> None:
+    class Knowing(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.label_names, self.model_accepts_loss_kwargs = ["labels", "x"], True
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    trainer = Knowing(model_init=lambda: make_net(), args=args, train_dataset=make_rows(ROWS))
+    with pytest.raises(TypeError, match="num_items_in_batch"):
+        trainer.train()
+    assert trainer.label_names == ["labels", "x"]
+
+
+def test_the_level_of_the_log_is_that_of_the_arguments(tmp_path: Path) -> None:
+    logger = logging.getLogger("trainkit")
+    before = logger.level
+    try:
+        for word, level in (("error", logging.ERROR), ("passive", logging.ERROR), ("info", logging.INFO)):
+            Trainer(make_net(), TrainingArguments(str(tmp_path), log_level=word, report_to="none", use_cpu=True))
+            assert logger.level == level
+    finally:
+        logger.setLevel(before)

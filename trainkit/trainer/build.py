@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainkit.trainer.samplers import has_length
+from trainkit.trainer.enums import ParallelMode
 from trainkit.trainer.foreign import base_of, forward_parameters, is_peft_model, is_pretrained_model, takes_any_keyword
+from trainkit.trainer.samplers import has_length
 
 
 def check_constructor(
@@ -61,6 +64,10 @@ def check_constructor(
         )
     if data_collator is not None and not callable(data_collator):
         raise TypeError(f"data_collator: got {type(data_collator).__name__}, expected a function of a list of samples")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            "fsdp: it spreads a model over processes, and this is the only one; start several (torchrun)"
+        )
     if args.fsdp and (optimizer is not None or scheduler is not None):
         raise RuntimeError("optimizers: FSDP replaces the parameters; override create_optimizer_and_scheduler")
 
@@ -155,6 +162,17 @@ def is_model_parallel(model: Any, device: torch.device) -> bool:
         return False
     devices = {torch.device(d) for d in placed.values() if d not in ("cpu", "disk")}
     return len(devices) > 1 or (len(devices) == 1 and next(iter(devices)) != device)
+
+
+def set_log_level(args: Any) -> None:
+    """Let trainkit's logger, and that of transformers if it is loaded, say what this process is asked to say.
+
+    Source: Trainer 4.57: ``__init__``; "passive" leaves them as they are.
+    """
+    if (args.log_level if args.should_log else args.log_level_replica) != "passive":
+        for name in ("trainkit", "transformers"):
+            if name in sys.modules:
+                logging.getLogger(name).setLevel(args.get_process_log_level())
 
 
 def set_seed(seed: int, *, deterministic: bool = False) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ class Companions(Updates):
     """The companions of the surface; :class:`~trainkit.trainer.trainer.Trainer` has them through its bases."""
 
     loss_is_scaled_for_ga: bool | None = None
-    """For subclasses whose ``compute_loss`` takes ``num_items_in_batch`` and divides by something else: False lets their
-    losses be averaged over the microbatches of a group. As in transformers 5."""
+    """For subclasses whose ``compute_loss`` takes ``num_items_in_batch`` and divides by something else: False lets
+    their losses be averaged over the microbatches of a group. As in transformers 5."""
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A model of ``model_init``."""
@@ -143,7 +142,7 @@ class Companions(Updates):
     def save_state(self) -> None:
         """``trainer_state.json`` in ``output_dir``."""
         if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(str(self.args.output_dir)) / checkpoints.STATE))
+            reporting.save_state(str(self.args.output_dir), self.state)
 
     def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
         """``<split>_results.json`` and, combined, ``all_results.json`` in ``output_dir``."""

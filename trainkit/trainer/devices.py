@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trainkit.trainer.accelerator_config import accumulation_steps
-from trainkit.trainer.accelerator_options import accelerator_options, apply_tf32
+from trainkit.trainer.accelerator_options import accelerator_options, apply_tf32, ddp_options
 from trainkit.trainer.accumulate_predictions import nested_map
 from trainkit.trainer.foreign import is_pretrained_model
 from trainkit.trainer.processes import process_state
@@ -97,17 +97,8 @@ def set_ddp_options(accelerator: Any, args: Any, model: Any) -> None:
     """
     from accelerate.utils import DistributedDataParallelKwargs
 
-    options: dict[str, Any] = {}
-    if args.ddp_find_unused_parameters is not None:
-        options["find_unused_parameters"] = args.ddp_find_unused_parameters
-    elif is_pretrained_model(model):
-        options["find_unused_parameters"] = not model.is_gradient_checkpointing
-    else:
-        options["find_unused_parameters"] = True
-    if args.ddp_bucket_cap_mb is not None:
-        options["bucket_cap_mb"] = args.ddp_bucket_cap_mb
-    if args.ddp_broadcast_buffers is not None:
-        options["broadcast_buffers"] = args.ddp_broadcast_buffers
+    unused = not (is_pretrained_model(model) and model.is_gradient_checkpointing)
+    options = {"find_unused_parameters": unused, **ddp_options(args)}
     accelerator.ddp_handler = DistributedDataParallelKwargs(**options)
 
 

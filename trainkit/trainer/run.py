@@ -30,6 +30,7 @@ from trainkit.trainer import (
 from trainkit.trainer.arguments import TrainingArguments
 from trainkit.trainer.callbacks import CallbackHandler, DefaultFlowCallback
 from trainkit.trainer.companions import Companions
+from trainkit.trainer.deepspeed_options import finish_deepspeed
 from trainkit.trainer.evaluation_ranks import ranks_of
 from trainkit.trainer.foreign import is_processor, is_tokenizer
 from trainkit.trainer.outputs import EvalLoopOutput, TrainOutput
@@ -68,8 +69,12 @@ class Run(Companions):
         self._look_at_overrides()
 
     def _take_model(self, model: nn.Module) -> None:
-        """Make a model this trainer's, with what is derived from it."""
+        """Make a model this trainer's."""
         self.model = self.model_wrapped = model
+
+    def _know_model(self) -> None:
+        """What is derived from the first model. Subclasses write over it, so later models do not change it."""
+        model = self.model
         self.model_accepts_loss_kwargs = build.accepts_loss_kwargs(model)
         self.label_names = (
             prediction.default_label_names(model) if self.args.label_names is None else self.args.label_names
@@ -129,6 +134,8 @@ class Run(Companions):
     def _start_with_new_model(self, trial: Any) -> None:
         build.set_seed(self.args.seed, deterministic=self.args.full_determinism)
         self._take_model(self.call_model_init(trial))
+        if trial is not None:
+            self._take_searched_settings()
         self.optimizer = self.lr_scheduler = None
         self.callback_handler.model = self.model
 
@@ -190,6 +197,9 @@ class Run(Companions):
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer_and_scheduler(num_training_steps=max_steps)
+        if self.is_deepspeed_enabled:
+            settings = devices.plugin_of(self.accelerator, "deepspeed_plugin").hf_ds_config.config
+            finish_deepspeed(settings, self.args, self.model, max_steps)
 
     def _prepare_state(self, args: TrainingArguments, trial: Any, max_steps: int) -> None:
         self.state = self._new_state()

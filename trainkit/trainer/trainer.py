@@ -105,6 +105,7 @@ class Trainer(Run):
         )
         makers = trackers.tracker_callbacks(args.report_to)
         self.args = args
+        build.set_log_level(args)
         build.set_seed(args.seed, deterministic=args.full_determinism)
         self._set_defaults()
         self.create_accelerator_and_postprocess()
@@ -124,6 +125,7 @@ class Trainer(Run):
         if self.place_model_on_device and not getattr(model, "is_loaded_in_8bit", False):
             self._move_model_to_device(model, args.device)
         self._take_model(model)
+        self._know_model()
         self.label_smoother = self._label_smoother()
         self.control = TrainerControl()
         self._take_callbacks([*makers, *(callbacks or [])])
@@ -736,7 +738,6 @@ class Trainer(Run):
         if self.hp_search_backend is None or trial is None:
             return
         search.apply_parameters(self.args, search.parameters_of(self.hp_search_backend, trial, self.hp_space))
-        self._take_searched_settings()
         self.create_accelerator_and_postprocess()
 
     def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None:

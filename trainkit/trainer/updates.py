@@ -42,6 +42,7 @@ class Updates:
     _step: Any
     _beside: list[nn.Parameter]
     _own_rows: ragged.OwnRows | None
+    _modules: list[nn.Module]
     _loss_takes_count: bool
     _step_takes_count: bool
     _share: float
@@ -79,7 +80,7 @@ class Updates:
     def _end_steps(self) -> None:
         if self._step is not None:
             self._step.close()
-        self._step = None
+        self._step, self._modules = None, []
 
     def _works_on_microbatches(self, model: Any) -> bool:
         """Whether something wants to see single microbatches, gradients on the parameters, or another backward."""
