@@ -272,6 +272,8 @@ class Paused:
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
+        if self.model is not None:
+            raise RuntimeError(f"{self._way.__name__}: fewer updates than {self._work.updates}")
         return self._took / self._updates
 
     def finish(self) -> nn.Module:
@@ -288,10 +290,14 @@ class Paused:
             self.model = self._way(self._work, self._tick)
         except BaseException as error:
             self._error = error
+        finally:
             self._stopped.release()
 
     def _tick(self) -> None:
-        if next(self._done) % self._updates == 0:
+        done = next(self._done)
+        if done > self._work.updates:
+            raise RuntimeError(f"{self._way.__name__}: more updates than {self._work.updates}")
+        if done % self._updates == 0:
             self._took = time.perf_counter() - self._begun
             self._stopped.release()
             self._go.acquire()

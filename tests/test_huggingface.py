@@ -7,40 +7,26 @@ import torch
 import transformers
 from torch import nn
 
+from tests.tiny import transformers_config
 from trainkit import init_state, make_train_step, run
 from trainkit.execution import compile_step
 from trainkit.losses import huggingface_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm
 
 VOCABULARY, STEPS = 31, 4
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
 
 
 def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-    )
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(transformers_config("LlamaConfig", **SIZES, num_hidden_layers=2))
 
 
 def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return transformers.BertForMaskedLM(config)
+    return transformers.BertForMaskedLM(transformers_config("BertConfig", **SIZES))
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    return transformers.GPT2LMHeadModel(config)
+    return transformers.GPT2LMHeadModel(transformers_config("GPT2Config", **SIZES))
 
 
 MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2}

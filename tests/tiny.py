@@ -1,7 +1,8 @@
-"""A small model with its step, its state and its batches, beside the same in plain torch."""
+"""A small model with its step, its state and its batches, beside the same in plain torch; small configurations."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -49,6 +50,16 @@ def torch_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Tenso
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def transformers_config(name: str, **options: Any) -> Any:
+    """A configuration of transformers by the name of its class, of a small model without dropout."""
+    import transformers
+
+    cls = getattr(transformers, name)
+    dropout = {option: 0.0 for option in inspect.signature(cls).parameters if "drop" in option}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return cls(**{**dropout, **sizes, "vocab_size": 31, "max_position_embeddings": 64, **options})
 
 
 def assert_equal(one: Any, two: Any) -> None:

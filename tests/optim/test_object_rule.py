@@ -88,3 +88,16 @@ def test_other_objects_are_refused() -> None:
     assert not has_object_rule(torch.optim.AdamW(w, amsgrad=True))
     with pytest.raises(TypeError, match=r"SGD, expected a torch\.optim\.AdamW"):
         object_rule(torch.optim.SGD(w, lr=0.1), {})
+
+
+def test_a_memory_of_different_numbers_of_steps_is_refused() -> None:
+    # One counter for both would correct the bias of one of them wrongly.
+    v, w = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    adam = torch.optim.AdamW([v, w], lr=0.1)
+    for late in (False, True):
+        v.grad, w.grad = torch.ones(1), torch.ones(1) if late else None
+        adam.step()
+    assert not has_object_rule(adam)
+    with pytest.raises(TypeError, match="equally many steps"):
+        object_rule(adam, {"v": v, "w": w})
+    assert has_object_rule(torch.optim.AdamW([{"params": [v]}, {"params": [w]}]))

@@ -19,17 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.tiny import transformers_config
+from tests.trainer.tiny import SETTINGS
+
 TEXT = "the a red green blue cat dog bird sees likes takes old new house tree big small in on at"
 WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ARGUMENTS: dict[str, Any] = {
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
+    **SETTINGS,
     "learning_rate": 0.01,
-    "logging_steps": 1,
     "save_strategy": "steps",
     "save_steps": 3,
     "eval_strategy": "steps",
@@ -47,46 +45,27 @@ def sentences(n: int, seed: int = 0) -> list[str]:
 
 def bert_folder(folder: Path) -> str:
     """A folder with a small encoder without dropout, and its tokenizer."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertModel, BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    BertModel(config).save_pretrained(folder)
+    BertModel(transformers_config("BertConfig", vocab_size=len(SPECIAL) + len(WORDS))).save_pretrained(folder)
     return str(folder)
 
 
 def causal_model() -> Any:
     """A small language model without dropout, and a tokenizer of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[SEP]", unk_token="[UNK]")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    config = transformers_config("LlamaConfig", vocab_size=len(SPECIAL) + len(WORDS), **ids)
     return LlamaForCausalLM(config), tokenizer
 
 

@@ -9,20 +9,8 @@ from typing import Any
 import torch
 
 from tests.trainer.scenarios import classes
-from tests.trainer.tiny import make_net, make_rows
+from tests.trainer.tiny import SETTINGS, make_net, make_rows
 from trainkit import Trainer, TrainingArguments
-
-ARGUMENTS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
-    "learning_rate": 0.05,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "seed": 7,
-}
 
 
 class Pair:
@@ -31,10 +19,10 @@ class Pair:
     def __init__(
         self, folder: Path, arguments: dict[str, Any] | None = None, make: Any = make_net, **given: Any
     ) -> None:
-        self.all = []
+        self.all, self.results = [], []
         for library in ("ours", "theirs"):
             cls, args_cls = classes(library)
-            args = args_cls(str(folder / library), **{**ARGUMENTS, **(arguments or {})})
+            args = args_cls(str(folder / library), **{**SETTINGS, **(arguments or {})})
             rows = {"train_dataset": make_rows(7), "eval_dataset": make_rows(5, seed=1)}
             self.all.append(cls(model=make(), args=args, **{**rows, **given}))
         self.ours, self.theirs = self.all
@@ -43,9 +31,11 @@ class Pair:
         with warnings.catch_warnings():
             # Of transformers, whose rotation looks at times.
             warnings.filterwarnings("ignore", "mtime may not be reliable")
-            for trainer in self.all:
-                trainer.train()
+            self.results = [trainer.train() for trainer in self.all]
         return self
+
+    def logs(self) -> list[Any]:
+        return [trainer.state.log_history for trainer in self.all]
 
     def same(self, ask: Any) -> Any:
         """The answer of both, which must be one."""
@@ -60,5 +50,5 @@ class Pair:
 
 
 def ours(folder: Path, arguments: dict[str, Any] | None = None, **given: Any) -> Trainer:
-    args = TrainingArguments(str(folder), **{**ARGUMENTS, **(arguments or {})})
+    args = TrainingArguments(str(folder), **{**SETTINGS, **(arguments or {})})
     return Trainer(**{"model": make_net(), "args": args, "train_dataset": make_rows(7), **given})

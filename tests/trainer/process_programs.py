@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.trainer.tiny import make_net, make_rows
+from tests.trainer.tiny import SETTINGS, make_net, make_rows
 from trainkit import Trainer, TrainerCallback, TrainingArguments
 
 CLASSES = 5
@@ -99,19 +99,15 @@ def beside(folder: Path, rows: int) -> Trainer:
 
 def arguments_of(folder: Path, rows: int, **changes: Any) -> TrainingArguments:
     given: dict[str, Any] = {
+        **SETTINGS,
         "per_device_train_batch_size": rows,
         "per_device_eval_batch_size": 3 * rows // 2,
         "gradient_accumulation_steps": 2,
         "num_train_epochs": 2,
-        "learning_rate": 0.05,
-        "logging_steps": 1,
         "eval_strategy": "epoch",
+        "save_strategy": "steps",
         "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "ddp_timeout": 60,
-        "seed": 7,
     }
     return TrainingArguments(str(folder), **{**given, **changes})
 

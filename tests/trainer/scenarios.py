@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.trainer.tiny import make_net, make_rows
+from tests.tiny import transformers_config
+from tests.trainer.tiny import SETTINGS, make_net, make_rows
 
 COMMON: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
+    **SETTINGS,
     "gradient_accumulation_steps": 2,
     "num_train_epochs": 2,
     "logging_steps": 2,
@@ -27,10 +27,6 @@ COMMON: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 2,
     "save_total_limit": 2,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "seed": 7,
 }
 
 
@@ -79,12 +75,11 @@ def make_tokenizer() -> Any:
 
 
 def make_gpt2(seed: int = 0, **options: Any) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 7, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(**{**sizes, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, **options})
-    return GPT2LMHeadModel(config)
+    sizes = {"vocab_size": 7, "hidden_size": 8, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    return GPT2LMHeadModel(transformers_config("GPT2Config", **{**sizes, **options}))
 
 
 def token_rows(n: int = 7, seed: int = 1, length: int = 6) -> list[dict[str, Any]]:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ADDED: dict[str, tuple[str, ...]] = {}
-"""Parameters that trainkit has beyond those of 4.57, by method."""
-
 
 @dataclass(frozen=True)
 class Method:

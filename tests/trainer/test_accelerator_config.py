@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import transformers
@@ -31,6 +32,10 @@ class TestAcceleratorConfig:
         peer = transformers.trainer_pt_utils.AcceleratorConfig(even_batches=False)
         assert ours(accelerator_config=peer).accelerator_config == AcceleratorConfig(even_batches=False)
         assert [f.name for f in dataclasses.fields(AcceleratorConfig)] == [f.name for f in dataclasses.fields(peer)]
+
+    def test_from_any_mapping(self) -> None:
+        parsed = AcceleratorConfig.parse(MappingProxyType({"split_batches": True}))
+        assert parsed == AcceleratorConfig(split_batches=True)
 
     def test_pop(self) -> None:
         config = AcceleratorConfig()

@@ -37,7 +37,7 @@ class Options:
     maybe: Optional[bool] = None  # noqa: UP045
     maybe_number: Union[int, None] = None  # noqa: UP007
     new_union: str | None = None
-    color: Color = "red"  # type: ignore[assignment]
+    color: Color = "red"
     literal: Literal["x", 2] = "x"
     numbers: list[int] = field(default_factory=lambda: [1, 2])
     maybe_texts: list[str] | None = None

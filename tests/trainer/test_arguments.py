@@ -101,7 +101,6 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 class TestValues:
-    @pytest.mark.filterwarnings("ignore:.*AccumulateGrad:UserWarning")
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     def test_completed_as_by_transformers(self, settings: dict[str, Any]) -> None:
         mine, peer = ours(**settings), theirs(**settings)
@@ -266,7 +265,6 @@ from trainkit.trainer.argument_parser import HfArgumentParser
 from trainkit.trainer.seq2seq_arguments import Seq2SeqTrainingArguments
 from trainkit.trainer import accelerator_options
 args = TrainingArguments("out", bf16=True, use_cpu=True, torch_compile=True, fsdp="full_shard", seed=3)
-assert args.get_process_log_level
 assert before == (dict(os.environ), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
 assert torch.initial_seed() != 3 and not torch.distributed.is_initialized()
 print([name for name in ("transformers", "accelerate", "datasets", "yaml") if name in sys.modules], os.listdir())

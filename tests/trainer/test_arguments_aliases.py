@@ -18,7 +18,6 @@ def _restored() -> Iterator[None]:
 
 
 class TestWarnings:
-    @pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
     @pytest.mark.parametrize(
         ("settings", "present"),
         [

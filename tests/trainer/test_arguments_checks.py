@@ -126,6 +126,10 @@ class TestRefusals:
     def test_max_grad_norm_may_be_none(self) -> None:
         assert ours(max_grad_norm=None).max_grad_norm is None
 
+    def test_one_way_of_sharding(self) -> None:
+        with pytest.raises(ValueError, match=r"fsdp: got \['full_shard'\] together with deepspeed"):
+            ours(fsdp="full_shard", deepspeed={"zero_optimization": {"stage": 3}})
+
     @pytest.mark.parametrize("other", [{"gradient_checkpointing": True}, {"save_only_model": True}])
     def test_settings_that_sharding_excludes(self, other: dict[str, Any]) -> None:
         best = {"load_best_model_at_end": True, "eval_strategy": "steps"}

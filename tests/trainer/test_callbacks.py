@@ -74,7 +74,7 @@ for _event in EVENTS:
     setattr(Recorder, _event, _recording(_event))
 
 
-class TheirRecorder(theirs.TrainerCallback):  # type: ignore[misc]
+class TheirRecorder(theirs.TrainerCallback):
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
@@ -386,7 +386,7 @@ def test_who_listens_to_what() -> None:
     class Steps(TrainerCallback):
         def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: ...
 
-    class TheirSteps(theirs.TrainerCallback):  # type: ignore[misc]
+    class TheirSteps(theirs.TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: ...
 
     class Duck:
@@ -403,7 +403,7 @@ def test_who_listens_to_what() -> None:
     assert heard(Duck()) == flow | {"on_save"}
     assert heard(PrinterCallback()) == flow | {"on_log"}
     patched = TrainerCallback()
-    patched.on_optimizer_step = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    patched.on_optimizer_step = lambda *args, **kwargs: None
     assert heard(patched) == flow | {"on_optimizer_step"}
     handler(Duck()).on_step_begin(flow_args(), TrainerState(), TrainerControl())
 

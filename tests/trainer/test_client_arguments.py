@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import trainkit
+from tests.tiny import transformers_config
 from tests.trainer.test_client_surface import SETTINGS
 from tests.trainer.tiny import make_net, make_rows
 
@@ -87,10 +88,7 @@ def test_their_configuration_trains(tmp_path: Path) -> None:
 def test_gradient_checkpointing(by: str, kwargs: Any, tmp_path: Path) -> None:
     def trained(**settings: Any) -> Any:
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
-        )
-        model = transformers.LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(transformers_config("LlamaConfig", num_hidden_layers=2))
         if by == "hand" and settings:
             model.gradient_checkpointing_enable(kwargs)
         args = trainkit.TrainingArguments(

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 import trainkit
+from tests.trainer import tiny
 from tests.trainer.tiny import make_net, make_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trainer.tokenizer:FutureWarning")
@@ -71,18 +72,12 @@ is_local_main_process autocast no_sync clip_grad_norm_ sync_gradients mixed_prec
 """)
 
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
-    "learning_rate": 0.05,
-    "logging_steps": 1,
+    **tiny.SETTINGS,
     "eval_strategy": "steps",
     "eval_steps": 2,
     "save_strategy": "steps",
     "save_steps": 2,
     "max_steps": 4,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
 }
 BOTH = {"ours": trainkit, "theirs": transformers}
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from tests.trainer.client_programs import CLIENTS, NEEDS
+from tests.trainer.tiny import distance, without_times
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILDREN = ("sentence_transformers", "setfit", "span_marker", "trl_sft", "trl_sft_peft", "trl_dpo", "peft")
-TIMED = ("runtime", "per_second", "preparation_time")
 # 4.57 divides by all labels, trainkit by those that count after the shift: 6 and 5 of a sentence of this length.
 SHIFTED = {"trl_sft": 6 / 5}
 
@@ -46,10 +46,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
-def without_times(log: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in log.items() if not k.endswith(TIMED)}
-
-
 def assert_same_log(ours: dict[str, Any], theirs: dict[str, Any], factor: float = 1.0) -> None:
     ours, theirs = without_times(ours), without_times(theirs)
     assert sorted(ours) == sorted(theirs)
@@ -57,11 +53,6 @@ def assert_same_log(ours: dict[str, Any], theirs: dict[str, Any], factor: float 
         scale = factor if key.endswith("loss") or key == "grad_norm" else 1.0
         # They round what they log to four decimals.
         assert math.isclose(ours[key], value * scale, rel_tol=1e-4, abs_tol=7e-5), (key, ours, theirs)
-
-
-def distance(one: dict[str, list[float]], other: dict[str, list[float]]) -> float:
-    assert one.keys() == other.keys() and one
-    return max(abs(a - b) for name in one for a, b in zip(one[name], other[name], strict=True))
 
 
 @pytest.mark.parametrize("client", sorted(CLIENTS))

@@ -35,7 +35,7 @@ def test_going_on_at_any_batch_gives_the_rest(kind: str, workers: int) -> None:
 
 def test_skipped_rows_are_not_read() -> None:
     data = Counted(9)
-    loader = loader_of(data, sampler=RandomSampler(data))  # type: ignore[arg-type]
+    loader = loader_of(data, sampler=RandomSampler(data))
     loader.skip(3)
     assert len(list(loader)) == 2
     assert len(data.read) == 3
@@ -101,6 +101,17 @@ def test_a_saved_position_goes_on_in_another_loader(make: Callable[[int], Any]) 
         assert data.num_read == 5
     # And the pass after it.
     assert same(list(second), list(first))
+
+
+def test_in_evaluation_a_stream_is_read_ahead_and_goes_on_by_its_batches() -> None:
+    first = loader_of(Resumable(9), is_training=False)
+    batches = iter(first)
+    next(batches)
+    position, rest = first.state_dict(), list(batches)
+    assert position == {"epoch": 0, "batch": 1, "stream": None}
+    second = loader_of(Resumable(9), is_training=False)
+    second.load_state_dict(position)
+    assert same(list(second), rest)
 
 
 def test_a_stream_of_several_ranks_goes_on_from_its_beginning() -> None:

@@ -25,7 +25,7 @@ def drawn(rows: list[Any]) -> Any:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_draws_nothing_itself(workers: int) -> None:
     data = make_rows(8)
-    loader = loader_of(data, sampler=RandomSampler(data), workers=workers)  # type: ignore[arg-type]
+    loader = loader_of(data, sampler=RandomSampler(data), workers=workers)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index] # noqa: NPY002
     list(loader)
     after_it = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index] # noqa: NPY002
@@ -68,8 +68,8 @@ class Pids(Counted):
 
 def test_persistent_workers_go_on_and_give_the_same() -> None:
     data = Pids(8)
-    loader = loader_of(data, sampler=RandomSampler(data), workers=2, persistent_workers=True)  # type: ignore[arg-type]
-    other = loader_of(data, sampler=RandomSampler(data))  # type: ignore[arg-type]
+    loader = loader_of(data, sampler=RandomSampler(data), workers=2, persistent_workers=True)
+    other = loader_of(data, sampler=RandomSampler(data))
     pids = []
     for epoch in (None, None, None, 9, 9, None):
         if epoch is not None:

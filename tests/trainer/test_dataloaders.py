@@ -46,7 +46,7 @@ def test_training_batches_are_those_of_transformers(tmp_path: Any, kind: str, n:
         data, batch_size=3, collate_fn=default_data_collator, sampler=sampler, drop_last=drop_last, seed=None
     )
     assert len(ours) == len(theirs)
-    assert ours.total_batch_size == theirs.total_batch_size if kind != "stream" else 3
+    assert ours.total_batch_size == (3 if kind == "stream" else theirs.total_batch_size)
     # Passes follow each other by epochs of their own, until one is set.
     for epoch in (None, None, 7, None, 0):
         if epoch is not None:
@@ -72,7 +72,7 @@ def test_a_data_seed_orders_the_rows(tmp_path: Any, seed: int) -> None:
         make_rows(9),
         batch_size=2,
         collate_fn=default_data_collator,
-        sampler=RandomSampler(make_rows(9)),  # type: ignore[arg-type]
+        sampler=RandomSampler(make_rows(9)),
         is_training=True,
     )
     assert same(list(ours), list(trainer.get_train_dataloader()))
@@ -94,7 +94,7 @@ def test_batches_of_several_ranks_are_those_of_accelerate(
             rows,
             batch_size=size,
             collate_fn=default_collate,
-            sampler=RandomSampler(rows),  # type: ignore[arg-type]
+            sampler=RandomSampler(rows),
             drop_last=drop_last,
             seed=3,
             rank=rank,
@@ -140,11 +140,11 @@ def test_a_sampler_of_the_users_own_is_followed_step_by_step() -> None:
 
 def test_an_unseeded_random_sampler_follows_torchs_generator() -> None:
     data = make_rows(8)
-    loader = loader_of(data, sampler=RandomSampler(data), seedable_sampler=False)  # type: ignore[arg-type]
+    loader = loader_of(data, sampler=RandomSampler(data), seedable_sampler=False)
     torch.manual_seed(1)
     ours = list(loader)
     torch.manual_seed(1)
-    expected = list(RandomSampler(data))  # type: ignore[arg-type]
+    expected = list(RandomSampler(data))
     assert same(torch.cat([batch["x"] for batch in ours]), torch.stack([data[i]["x"] for i in expected]))
 
 

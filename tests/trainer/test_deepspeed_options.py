@@ -64,7 +64,7 @@ class TestDeepSpeed:
         peer.trainer_config_process(theirs(**settings))
         assert mine == peer.config
         model = torch.nn.Linear(1, 1)
-        model.config = transformers.PretrainedConfig(hidden_size=8)  # type: ignore[assignment]
+        model.config = transformers.PretrainedConfig(hidden_size=8)
         finish_deepspeed(mine, args, model, 30)
         peer.trainer_config_finalize(theirs(**settings), model, 30)
         assert mine == peer.config and "auto" not in json.dumps(mine)

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from trainkit.metrics import accuracy, counts
+from trainkit.trainer.dataloaders import make_dataloader
 from trainkit.trainer.evaluation import (
     EvaluationHooks,
     denumpify,
@@ -212,6 +214,51 @@ def test_the_last_batch_is_known_without_accelerate() -> None:
     for batches in ([torch.ones(1)] * 3, iter([torch.ones(1)] * 2), [], [torch.ones(1)]):
         evaluate_batches(hooks, batches, description="Evaluation")
     assert lasts == [False, False, True, False, True, True]
+
+
+class Parts(IterableDataset):
+    """Numbers, of which each worker reads its part: of two, one and four."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[Any]:
+        info = torch.utils.data.get_worker_info()
+        numbers = range(self.n)
+        return iter(numbers if info is None else (numbers[:1], numbers[1:])[info.id])
+
+
+class Unsized:
+    """A sampler that does not say how many rows it gives."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "batches"),
+    [
+        (Parts(4), {}, 2),
+        (Parts(5), {}, 3),
+        (Parts(5), {"workers": 2}, 3),
+        (list(range(4)), {}, 2),
+        (list(range(4)), {"sampler": Unsized()}, 2),
+    ],
+    ids=["whole", "short", "workers", "list", "sampler"],
+)
+def test_the_last_batch_of_a_loader_of_our_own_is_known(data: Any, options: dict[str, Any], batches: int) -> None:
+    loader = make_dataloader(data, batch_size=2, collate_fn=torch.tensor, seed=0, is_training=False, **options)
+    lasts: list[bool] = []
+    hooks = EvaluationHooks(
+        lambda inputs, loss_only, ignore_keys: (None, inputs, inputs),
+        lambda prediction, compute_result: lasts.append(compute_result) or ({"last": 1} if compute_result else {}),
+        batch_eval_metrics=True,
+        ranks=ranks_of(Accelerator(cpu=True), loader),
+    )
+    for _ in range(2):
+        found = evaluate_batches(hooks, loader, description="Evaluation")
+        assert found.metrics == {"eval_last": 1} and found.num_samples == (len(data) if type(data) is list else data.n)
+    assert lasts == ([False] * (batches - 1) + [True]) * 2
 
 
 @pytest.mark.parametrize("options", [{}, {"compute_metrics": summary, "include_for_metrics": ["inputs", "loss"]}])

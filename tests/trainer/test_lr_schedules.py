@@ -113,7 +113,7 @@ def test_equals_transformers(name: str, data: st.DataObject, warmup: int, total:
 
 def test_knows_the_names_of_transformers() -> None:
     assert sorted(SCHEDULES) == sorted(member.value for member in SchedulerType)
-    assert isinstance(make_lr_scheduler(SchedulerType.COSINE, make_optimizer(), 2, 10), LambdaLR)  # type: ignore[arg-type]
+    assert isinstance(make_lr_scheduler(SchedulerType.COSINE, make_optimizer(), 2, 10), LambdaLR)
 
 
 def test_polynomial_with_nothing_after_the_warm_up_has_a_value() -> None:

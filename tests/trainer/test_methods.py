@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from tests.trainer.pairs import ARGUMENTS, Pair
+from tests.trainer.pairs import Pair
 from tests.trainer.scenarios import (
     accuracy,
     classes,
@@ -23,18 +23,12 @@ from tests.trainer.scenarios import (
     word_rows,
 )
 from tests.trainer.surface import METHODS
-from tests.trainer.tiny import make_net, make_rows
-
-TIMED = ("runtime", "per_second", "preparation_time")
+from tests.trainer.tiny import SETTINGS, make_net, make_rows, without_times
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
     return Pair(tmp_path)
-
-
-def untimed(metrics: Any) -> dict[str, Any]:
-    return {k: v for k, v in metrics.items() if not k.endswith(TIMED)}
 
 
 # -- 1. initialisation -----------------------------------------------------------------------------------------------
@@ -85,7 +79,7 @@ def test_what_the_constructor_refuses(case: str, library: str, tmp_path: Path) -
     given = {"model": make_net(), **rows, **given}
     before = torch.get_rng_state()
     with pytest.raises(error):
-        cls(args=args_cls(str(tmp_path / "run"), **{**ARGUMENTS, **arguments}), **given)
+        cls(args=args_cls(str(tmp_path / "run"), **{**SETTINGS, **arguments}), **given)
     if library == "ours" and not case.startswith("model_init of"):
         assert torch.equal(torch.get_rng_state(), before)
         assert not (tmp_path / "run").exists()
@@ -330,13 +324,13 @@ def test_get_batch_samples(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:DistributedTensorGatherer:FutureWarning")
 def test_evaluate_and_predict(legacy: bool, tmp_path: Path) -> None:
     pair = Pair(tmp_path, {"use_legacy_prediction_loop": legacy}, compute_metrics=accuracy)
-    found = pair.close(lambda t: untimed(t.evaluate()))
+    found = pair.close(lambda t: without_times(t.evaluate()))
     assert sorted(found) == ["eval_accuracy", "eval_loss"]
-    pair.close(lambda t: untimed(t.evaluate(make_rows(4, seed=3), metric_key_prefix="mine")))
-    pair.close(lambda t: untimed(t.evaluate({"a": make_rows(4, seed=3), "b": make_rows(2)})))
+    pair.close(lambda t: without_times(t.evaluate(make_rows(4, seed=3), metric_key_prefix="mine")))
+    pair.close(lambda t: without_times(t.evaluate({"a": make_rows(4, seed=3), "b": make_rows(2)})))
     rows = make_rows(4, seed=3)
     pair.close(lambda t: (lambda p: (torch.tensor(p.predictions), torch.tensor(p.label_ids)))(t.predict(rows)))
-    assert pair.same(lambda t: sorted(k for k in t.predict(rows).metrics if not k.endswith(TIMED)))
+    assert pair.same(lambda t: sorted(without_times(t.predict(rows).metrics)))
     bare = [{"x": row["x"]} for row in rows]
     assert pair.same(lambda t: t.predict(bare).label_ids) is None
 
@@ -346,7 +340,7 @@ def test_evaluate_and_predict(legacy: bool, tmp_path: Path) -> None:
 def test_the_loops_of_an_evaluation(name: str, pair: Pair) -> None:
     def ask(trainer: Any) -> Any:
         found = getattr(trainer, name)(trainer.get_eval_dataloader(), "mine", metric_key_prefix="mine")
-        return torch.tensor(found.predictions), torch.tensor(found.label_ids), untimed(found.metrics)["mine_loss"]
+        return torch.tensor(found.predictions), torch.tensor(found.label_ids), without_times(found.metrics)["mine_loss"]
 
     pair.close(ask)
     assert pair.same(lambda t: getattr(t, name)(t.get_eval_dataloader(), "mine", True).predictions) is None

@@ -223,6 +223,14 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert "- F1: 0.25" in text
 
 
+def test_a_metric_with_a_value_per_class_is_a_list(tmp_path: Path) -> None:
+    log = [{"eval_loss": 0.5, "eval_f1": np.array([0.25, 0.5]), "eval_recall": torch.tensor([1.0, 0.5]), "step": 1}]
+    found, text = write(tmp_path, log=log, tasks="text-classification", dataset_tags="glue")
+    values = {metric["type"]: metric["value"] for metric in found["model-index"][0]["results"][0]["metrics"]}
+    assert values == {"f1": [0.25, 0.5], "recall": [1.0, 0.5]}
+    assert "- F1: [0.25, 0.5]" in text
+
+
 @pytest.mark.parametrize("value", [0.1, 0.12344, 1.0, 3, "No log", None, 123.456789, 1e-05])
 def test_values_are_shown_as_the_peer_shows_them(value: Any) -> None:
     assert shown(value) == modelcard._maybe_round(value)

@@ -6,17 +6,14 @@ import functools
 import inspect
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import optuna
 import pytest
 import transformers
 
 from tests.trainer.scenarios import COMMON, SCENARIOS, classes, overriding, run
-from tests.trainer.stand_in_hub import StandInHub
 from tests.trainer.surface import COMPANIONS, METHODS, Method
 from tests.trainer.tiny import make_net, make_rows
 
@@ -87,16 +84,6 @@ def theirs(scenario: str) -> dict[str, list[Any]]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return run("theirs", scenario, NAMES, Path(folder))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    """A hub on this machine, which huggingface_hub is configured for."""
-    made = StandInHub()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", made.endpoint)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", made.endpoint)
-    yield made
-    made.close()
 
 
 def both(scenario: str, names: tuple[str, ...], folder: Path, request: Any) -> tuple[Any, Any]:

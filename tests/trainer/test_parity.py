@@ -12,29 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch.utils.data import IterableDataset
 
-from tests.trainer.tiny import make_net, make_rows
-from trainkit.trainer.arguments import TrainingArguments
-from trainkit.trainer.trainer import Trainer
+from tests.trainer.pairs import Pair, ours
+from tests.trainer.scenarios import accuracy
+from tests.trainer.tiny import make_net, make_rows, without_times
 
-# Of transformers, whose rotation looks at times.
-pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
-
-COMMON: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
-    "learning_rate": 0.05,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "seed": 7,
-}
-# Seconds, and what depends on them.
-TIMED = ("runtime", "per_second", "preparation_time")
 # Written as JSON instead of a pickle; a list of files with digests.
 RENAMED = {"training_args.bin": "training_args.json"}
 ADDED = {"manifest.json"}
@@ -45,20 +28,9 @@ class Stream(IterableDataset[Any]):
         return iter(make_rows(8))
 
 
-def accuracy(found: Any) -> dict[str, float]:
-    return {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))}
-
-
-def run(cls: Any, args_cls: Any, folder: Path, arguments: dict[str, Any], **given: Any) -> Any:
-    args = args_cls(str(folder), **{**COMMON, **arguments})
-    trainer = cls(
-        model=make_net(), args=args, **{"train_dataset": make_rows(11), "eval_dataset": make_rows(7, seed=1), **given}
-    )
-    return trainer, trainer.train()
-
-
-def without_times(log: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in log.items() if not k.endswith(TIMED)}
+def trained(folder: Path, arguments: dict[str, Any], **given: Any) -> Pair:
+    rows = {"train_dataset": make_rows(11), "eval_dataset": make_rows(7, seed=1)}
+    return Pair(folder, arguments, **{**rows, **given}).train()
 
 
 def assert_same_logs(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
@@ -105,17 +77,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_runs_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    ours, our_result = run(Trainer, TrainingArguments, tmp_path / "ours", CASES[name], compute_metrics=accuracy)
-    theirs, their_result = run(
-        transformers.Trainer, transformers.TrainingArguments, tmp_path / "theirs", CASES[name], compute_metrics=accuracy
-    )
-    assert_same_logs(ours.state.log_history, theirs.state.log_history)
-    assert our_result.global_step == their_result.global_step
+    pair = trained(tmp_path, CASES[name], compute_metrics=accuracy)
+    assert_same_logs(*pair.logs())
+    one, other = pair.results
+    assert one.global_step == other.global_step
     # Theirs sums rounded losses.
-    assert math.isclose(our_result.training_loss, their_result.training_loss, rel_tol=1e-4)
-    assert our_result.metrics.keys() == their_result.metrics.keys() | {"total_flos"}
-    for name_of, tensor in theirs.model.state_dict().items():
-        torch.testing.assert_close(ours.model.state_dict()[name_of], tensor, rtol=1e-4, atol=1e-6)
+    assert math.isclose(one.training_loss, other.training_loss, rel_tol=1e-4)
+    assert one.metrics.keys() == other.metrics.keys() | {"total_flos"}
+    for name_of, tensor in pair.theirs.model.state_dict().items():
+        torch.testing.assert_close(pair.ours.model.state_dict()[name_of], tensor, rtol=1e-4, atol=1e-6)
     assert files_in(tmp_path / "ours") == files_in(tmp_path / "theirs", add=True)
 
 
@@ -130,33 +100,18 @@ def files_in(folder: Path, *, add: bool = False) -> set[str]:
 
 def test_a_stream_is_trained_on_as_in_transformers(tmp_path: Path) -> None:
     arguments = {"max_steps": 7, "gradient_accumulation_steps": 2}
-    ours, _ = run(Trainer, TrainingArguments, tmp_path / "a", arguments, train_dataset=Stream())
-    theirs, _ = run(
-        transformers.Trainer, transformers.TrainingArguments, tmp_path / "b", arguments, train_dataset=Stream()
-    )
-    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+    assert_same_logs(*trained(tmp_path, arguments, train_dataset=Stream()).logs())
 
 
 def test_several_evaluation_sets(tmp_path: Path) -> None:
-    arguments = {"eval_strategy": "epoch"}
     sets = {"a": make_rows(5, seed=2), "b": make_rows(4, seed=3)}
-    ours, _ = run(Trainer, TrainingArguments, tmp_path / "a", arguments, eval_dataset=sets, compute_metrics=accuracy)
-    theirs, _ = run(
-        transformers.Trainer,
-        transformers.TrainingArguments,
-        tmp_path / "b",
-        arguments,
-        eval_dataset=sets,
-        compute_metrics=accuracy,
-    )
-    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+    arguments = {"eval_strategy": "epoch"}
+    assert_same_logs(*trained(tmp_path, arguments, eval_dataset=sets, compute_metrics=accuracy).logs())
 
 
 def test_predictions_are_those_of_transformers(tmp_path: Path) -> None:
-    ours, _ = run(Trainer, TrainingArguments, tmp_path / "a", {})
-    theirs, _ = run(transformers.Trainer, transformers.TrainingArguments, tmp_path / "b", {})
     rows = make_rows(8, seed=5)
-    one, other = ours.predict(rows), theirs.predict(rows)
+    one, other = (trainer.predict(rows) for trainer in trained(tmp_path, {}).all)
     np.testing.assert_allclose(one.predictions, other.predictions, rtol=1e-4)
     np.testing.assert_array_equal(one.label_ids, other.label_ids)
     assert without_times(one.metrics).keys() == without_times(other.metrics).keys()
@@ -165,12 +120,7 @@ def test_predictions_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_transformers_is_gone_on_from(tmp_path: Path) -> None:
     arguments = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
-    theirs, _ = run(transformers.Trainer, transformers.TrainingArguments, tmp_path / "theirs", arguments)
-    ours = Trainer(
-        model=make_net(seed=1),
-        args=TrainingArguments(str(tmp_path / "ours"), **{**COMMON, **arguments}),
-        train_dataset=make_rows(11),
-    )
-    ours.train(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-4"))
-    steps = [log for log in ours.state.log_history if "loss" in log]
-    assert_same_logs(steps, [log for log in theirs.state.log_history if "loss" in log])
+    pair = trained(tmp_path, arguments)
+    again = ours(tmp_path / "again", arguments, model=make_net(seed=1), train_dataset=make_rows(11))
+    again.train(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-4"))
+    assert_same_logs(*([log for log in t.state.log_history if "loss" in log] for t in (again, pair.theirs)))

@@ -12,10 +12,12 @@ from datasets import Dataset, Features, List, Value
 from torch.utils.data import Subset, TensorDataset, default_collate
 from transformers import default_data_collator as theirs
 
+from tests.trainer.rows import same
 from tests.trainer.tiny import make_rows
+from trainkit.io.data.groups import GROUP_BATCHES
 from trainkit.trainer.collators import default_data_collator
 from trainkit.trainer.data import ColumnsOnly
-from trainkit.trainer.reading import MAX_GROUP, BatchReader
+from trainkit.trainer.reading import BatchReader
 
 ROWS = 70
 PLAN = [[3, 1], [0, 1], [2, 2], [69, 5], [7, 8], [9, 10], [11, 12], [13, 14], [15, 16], [4]]
@@ -63,18 +65,6 @@ TABLES: list[Callable[[], Dataset]] = [
 ]
 
 
-def same(ours: Any, expected: Any) -> bool:
-    if isinstance(expected, dict):
-        assert list(ours) == list(expected)
-        return all(same(ours[name], expected[name]) for name in expected)
-    if isinstance(expected, (list, tuple)):
-        return len(ours) == len(expected) and all(map(same, ours, expected))
-    if isinstance(expected, torch.Tensor):
-        assert ours.dtype == expected.dtype
-        return torch.equal(ours, expected)
-    return bool(ours == expected)
-
-
 @pytest.mark.parametrize("make", TABLES)
 def test_tables_give_the_batches_of_their_rows(make: Callable[[], Dataset]) -> None:
     data = make()
@@ -82,7 +72,7 @@ def test_tables_give_the_batches_of_their_rows(make: Callable[[], Dataset]) -> N
     for rows, batch in zip(PLAN, reader.read_all(iter(PLAN)), strict=True):
         # As a DataLoader reads them: some formats give other dtypes row by row.
         assert same(batch, default_data_collator(data.__getitems__(rows)))
-        assert same(reader.read(torch.tensor(rows)), batch)
+        assert same(reader.fetch(torch.tensor(rows)), batch)
 
 
 @pytest.mark.parametrize("make", [table, small_integers, lambda: table().with_format("torch")])
@@ -92,13 +82,13 @@ def test_tables_give_the_batches_of_transformers(make: Callable[[], Dataset]) ->
         assert same(batch, theirs([data[i] for i in rows]))
 
 
-def test_lists_of_several_lengths_are_read_where_batches_have_one(recwarn: Any) -> None:
+def test_lists_of_several_lengths_are_read_where_batches_have_one() -> None:
     data = table(input_ids=[[1] * (1 + i // 2) for i in range(ROWS)])
     plan = [[i, i + 1] for i in range(0, ROWS, 2)]
     for rows, batch in zip(plan, BatchReader(data, default_data_collator).read_all(iter(plan)), strict=True):
         assert same(batch, theirs([data[i] for i in rows]))
     with pytest.raises(ValueError, match="length"):
-        BatchReader(data, default_data_collator).read([0, 2])
+        BatchReader(data, default_data_collator).fetch([0, 2])
 
 
 def test_a_group_is_as_large_as_memory_allows_and_shares_no_element() -> None:
@@ -114,7 +104,7 @@ def test_a_group_is_as_large_as_memory_allows_and_shares_no_element() -> None:
     first = next(batches)
     assert asked == [0]
     kept = [first, *(next(batches) for _ in range(70))]
-    assert len(asked) == 1 + 2 + 4 + 8 + 16 + 32 + MAX_GROUP
+    assert len(asked) == 1 + 2 + 4 + 8 + 16 + 32 + GROUP_BATCHES
     before = copy.deepcopy(kept[40])
     for batch in [*kept[:40], *kept[41:]]:
         batch["input_ids"].zero_()
@@ -137,7 +127,7 @@ def test_tensors_are_indexed_once(collate: Any) -> None:
 
 def test_any_collator_gets_the_rows_of_tensors() -> None:
     data = TensorDataset(torch.randn(ROWS, 3), torch.arange(ROWS))
-    rows = BatchReader(data, lambda given: given).read([5, 2])
+    rows = BatchReader(data, lambda given: given).fetch([5, 2])
     assert same(rows, [data[5], data[2]])
     rows[0][0].zero_()
     assert bool(data[5][0].abs().sum() > 0)
@@ -149,12 +139,12 @@ def test_a_subclass_of_tensor_datasets_reads_as_it_likes() -> None:
             return (super().__getitem__(i)[0] * 2,)
 
     data = Doubled(torch.arange(4.0))
-    assert same(BatchReader(data, default_collate).read([3, 1]), [torch.tensor([6.0, 2.0])])
+    assert same(BatchReader(data, default_collate).fetch([3, 1]), [torch.tensor([6.0, 2.0])])
 
 
 @pytest.mark.parametrize(
     "make", [table, lambda: table().with_format("torch"), make_rows, lambda: Subset(make_rows(), [1, 0, 2])]
-)  # type: ignore[arg-type]
+)
 def test_any_collator_gets_a_list_of_rows(make: Callable[[], Any]) -> None:
     data = make()
     seen: list[Any] = []

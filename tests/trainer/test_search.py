@@ -258,6 +258,12 @@ def test_after_a_search_the_trainer_is_as_before(tmp_path: Path) -> None:
     assert trainer._get_output_dir(None) == str(tmp_path)
 
 
+def test_after_a_search_labels_are_smoothed_as_before(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.hyperparameter_search(lambda trial: {"label_smoothing_factor": 0.5}, n_trials=1)
+    assert trainer.label_smoother is None
+
+
 def test_a_search_that_fails_leaves_the_trainer_as_before(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     before = dict(vars(trainer.args))
@@ -377,6 +383,14 @@ def test_options_reach_the_study_and_its_optimisation(tmp_path: Path) -> None:
     assert told == ["named"] and best.run_id == "0"
     with pytest.raises(ValueError, match="n_jobs: got 2, expected 1"):
         trainer.hyperparameter_search(rates, n_trials=1, n_jobs=2)
+
+
+def test_errors_that_the_study_catches_do_not_end_the_search(tmp_path: Path) -> None:
+    def space(trial: optuna.Trial) -> dict[str, Any]:
+        return {"learning_rate": -1.0 if trial.number != 1 else 0.1}
+
+    best = make_trainer(tmp_path).hyperparameter_search(space, n_trials=3, catch=ValueError)
+    assert best.run_id == "1"
 
 
 def test_a_search_needs_model_init(tmp_path: Path) -> None:

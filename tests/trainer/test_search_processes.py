@@ -34,6 +34,8 @@ class PruneSecond(optuna.pruners.BasePruner):
 class Watching(Trainer):
     def get_train_dataloader(self):
         seen.append(self.args.learning_rate)
+        if len(seen) in (3, 5):
+            raise ArithmeticError("diverged")
         return super().get_train_dataloader()
 
 
@@ -46,7 +48,7 @@ rows = make_rows(12)
 trainer = Watching(model_init=lambda: Net(), args=args, train_dataset=rows, eval_dataset=rows)
 best = trainer.hyperparameter_search(
     lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.1)},
-    n_trials=3, pruner=PruneSecond(), sampler=optuna.samplers.RandomSampler(seed=0),
+    n_trials=5, pruner=PruneSecond(), sampler=optuna.samplers.RandomSampler(seed=0), catch=ArithmeticError,
 )
 trainer.train()
 found = {"best": best and best.hyperparameters, "seen": seen, "loss": trainer.evaluate()["eval_loss"]}
@@ -70,9 +72,10 @@ def test_processes_train_each_trial_together(tmp_path: Path) -> None:
     ]
     subprocess.run([sys.executable, *command], check=True, timeout=300, cwd=ROOT, env=environment())
     first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
-    # Three trials, the second of which both leave early, and a run with the rate of before.
-    assert first["seen"] == second["seen"] and len(set(first["seen"])) == 4 and first["seen"][-1] == 5e-5
-    assert first["best"]["learning_rate"] in (first["seen"][0], first["seen"][2])
+    # Five trials, the second of which both leave early, while the third and the last fail in both; and a run with the
+    # rate of before.
+    assert first["seen"] == second["seen"] and len(set(first["seen"])) == 6 and first["seen"][-1] == 5e-5
+    assert first["best"]["learning_rate"] in (first["seen"][0], first["seen"][3])
     assert second["best"] is None and first["loss"] == second["loss"]
 
 

@@ -24,6 +24,10 @@ class TestSeq2Seq:
         assert args.to_dict()["generation_config"] == peer.to_dict()["generation_config"]
         assert Seq2SeqTrainingArguments(**json.loads(args.to_json_string())) == args
 
+    def test_words_for_its_booleans_are_refused(self) -> None:
+        with pytest.raises(TypeError, match="predict_with_generate: got the text 'false', expected True or False"):
+            Seq2SeqTrainingArguments(**HOME, predict_with_generate="false")
+
     def test_lengths(self) -> None:
         with pytest.raises(ValueError, match="generation_num_beams: got 0"):
             Seq2SeqTrainingArguments(**HOME, generation_num_beams=0)

@@ -210,7 +210,7 @@ def test_references_of_a_run_and_its_trial(trial: Any, named: bool) -> None:
 
 
 def test_callback_states_are_those_of_transformers() -> None:
-    class Theirs(TheirExportableState):  # type: ignore[misc]
+    class Theirs(TheirExportableState):
         def __init__(self, limit: int) -> None:
             self.limit = limit
 

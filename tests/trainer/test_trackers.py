@@ -24,13 +24,8 @@ from torch import nn
 from trainkit.trainer.callbacks import CallbackHandler, DefaultFlowCallback
 from trainkit.trainer.state import TrainerControl, TrainerState
 from trainkit.trainer.tracker_names import TRACKERS
-from trainkit.trainer.tracker_services import Service, run_config
-from trainkit.trainer.trackers import (
-    TensorBoardCallback,
-    TrackerCallback,
-    rewrite_logs,
-    tracker_callbacks,
-)
+from trainkit.trainer.tracker_services import Service, rewrite_logs, run_config
+from trainkit.trainer.trackers import TensorBoardCallback, TrackerCallback, tracker_callbacks
 
 LOGS: list[tuple[int, dict[str, Any]]] = [
     (1, {"loss": 1.5, "learning_rate": 0.1, "epoch": 0.5}),
@@ -98,25 +93,27 @@ def run(callback: TrackerCallback, args: Any, logs: Any = None, *, after: bool =
     return callback
 
 
-def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder))
+def tensorboard_events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
     events.Reload()
+    return events
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = tensorboard_events(folder)
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def tensorboard_texts(folder: Path) -> dict[str, str]:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder))
-    events.Reload()
+    events = tensorboard_events(folder)
     return {name: events.Tensors(name)[0].tensor_proto.string_val[0].decode() for name in events.Tags()["tensors"]}
 
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
 )
-# tensorboard 2.21 imports names that NumPy and protobuf call old.
-quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def test_names_give_classes_in_their_order() -> None:
@@ -149,9 +146,9 @@ def test_importing_the_trackers_imports_none_of_them() -> None:
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_named(name: str) -> None:
     (kind,) = tracker_callbacks([name])
-    service: Service = kind.service  # type: ignore[attr-defined]
+    service: Service = kind.service
     if any(importlib.util.find_spec(package) for package in service.packages):
-        assert kind().session is None  # type: ignore[attr-defined]
+        assert kind().session is None
     else:
         with pytest.raises(RuntimeError, match=f"pip install {service.install}"):
             kind()
@@ -174,7 +171,6 @@ def test_the_arguments_win_over_the_model_configuration(tmp_path: Path) -> None:
 
 
 @needs_tensorboard
-@quiet
 def test_tensorboard_has_what_was_logged(tmp_path: Path) -> None:
     run(TensorBoardCallback(), arguments(tmp_path))
     found = tensorboard_scalars(tmp_path / "logs")
@@ -188,7 +184,6 @@ def test_tensorboard_has_what_was_logged(tmp_path: Path) -> None:
 
 
 @needs_tensorboard
-@quiet
 def test_tensorboard_has_the_same_as_with_transformers(tmp_path: Path) -> None:
     from transformers.integrations.integration_utils import TensorBoardCallback as Theirs
 
@@ -207,7 +202,6 @@ def test_tensorboard_has_the_same_as_with_transformers(tmp_path: Path) -> None:
 
 
 @needs_tensorboard
-@quiet
 def test_tensorboard_takes_numbers_of_numpy_and_torch_and_names_the_rest(tmp_path: Path) -> None:
     logs = [
         (1, {"loss": torch.tensor(1.5), "eval_f1": np.float32(0.5), "eval_all": [1, 2], "eval_one": np.array([2.0])})
@@ -219,7 +213,6 @@ def test_tensorboard_takes_numbers_of_numpy_and_torch_and_names_the_rest(tmp_pat
 
 
 @needs_tensorboard
-@quiet
 def test_a_trial_has_a_folder_of_its_own_and_other_processes_write_nothing(tmp_path: Path) -> None:
     callback = TensorBoardCallback()
     for trial in ("t1", "t2"):
@@ -233,7 +226,6 @@ def test_a_trial_has_a_folder_of_its_own_and_other_processes_write_nothing(tmp_p
 
 
 @needs_tensorboard
-@quiet
 def test_a_writer_of_the_user_is_used_and_left_open(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -288,7 +280,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_apart(name: str, folder: Path) -> None:
     """A run in a process of its own: services keep settings and open runs for the life of a process."""
     (kind,) = tracker_callbacks([name])
-    if importlib.util.find_spec(kind.service.packages[0]) is None:  # type: ignore[attr-defined]
+    if importlib.util.find_spec(kind.service.packages[0]) is None:
         pytest.skip(f"{name} is not installed")
     code = (
         f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -340,7 +332,7 @@ def test_offline_a_service_finds_what_was_logged(offline: Path, name: str, found
 def test_mlflow_has_series_parameters_and_checkpoints_of_one_run(offline: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     (kind,) = tracker_callbacks(["mlflow"])
-    callback = run(kind(), arguments(offline))  # type: ignore[arg-type]
+    callback = run(kind(), arguments(offline))
     client = mlflow.MlflowClient()
     (experiment,) = client.search_experiments()
     (found,) = client.search_runs([experiment.experiment_id])
@@ -354,7 +346,7 @@ def test_mlflow_has_series_parameters_and_checkpoints_of_one_run(offline: Path) 
     with mlflow.start_run() as own:
         args = arguments(offline)
         args.output_dir = str(offline / "again")
-        run(kind(), args)  # type: ignore[arg-type]
+        run(kind(), args)
         assert mlflow.active_run().info.run_id == own.info.run_id
     assert client.get_run(own.info.run_id).data.metrics["eval_late"] == 0.25
 
@@ -387,7 +379,7 @@ def test_dvclive_has_the_series_and_the_model(offline: Path) -> None:
 def test_wandb_has_the_summary_and_stays_open_until_the_next_trial(offline: Path) -> None:
     wandb = pytest.importorskip("wandb")
     (kind,) = tracker_callbacks(["wandb"])
-    callback = run(kind(), arguments(offline), after=False, is_hyper_param_search=True, trial_name="t1")  # type: ignore[arg-type]
+    callback = run(kind(), arguments(offline), after=False, is_hyper_param_search=True, trial_name="t1")
     first = wandb.run
     assert (first.name, first.group, first.project) == ("t1", "a-run", "huggingface")
     assert dict(first.summary)["train_runtime"] == 2.5
@@ -401,6 +393,6 @@ def test_wandb_has_the_summary_and_stays_open_until_the_next_trial(offline: Path
     # A run that someone else began, a sweep for instance, is used and left open.
     own = wandb.init(project="mine")
     args.output_dir = str(offline / "t3")
-    run(kind(), args, after=False, is_hyper_param_search=True, trial_name="t3")  # type: ignore[arg-type]
+    run(kind(), args, after=False, is_hyper_param_search=True, trial_name="t3")
     assert wandb.run is own and dict(own.summary)["train_runtime"] == 2.5
     own.finish()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.process_programs import CASES
+from tests.trainer.tiny import distance, without_times
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,6 @@ LAUNCHERS = {
     # With --cpu it starts one process, unless there is MPI; this is how it starts two that use no accelerator.
     "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
 }
-TIMED = ("runtime", "per_second", "preparation_time")
 
 
 def free_port() -> int:
@@ -60,15 +60,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return folder, [json.loads((folder / f"result-{rank}.json").read_text()) for rank in ranks]
 
     return result
-
-
-def distance(one: dict[str, list[float]], other: dict[str, list[float]]) -> float:
-    assert one.keys() == other.keys() and one
-    return max(abs(a - b) for name in one for a, b in zip(one[name], other[name], strict=True))
-
-
-def without_times(log: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in log.items() if not k.endswith(TIMED)}
 
 
 def assert_same_logs(two: list[dict[str, Any]], one: list[dict[str, Any]]) -> None:

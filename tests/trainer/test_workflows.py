@@ -11,22 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.tiny import transformers_config
 from tests.trainer.scenarios import classes, make_gpt2, make_words, token_rows, word_rows
-from tests.trainer.tiny import Net, make_net, make_rows
+from tests.trainer.tiny import SETTINGS, Net, make_net, make_rows
 from trainkit import Trainer, TrainingArguments
 from trainkit.trainer.callbacks import TrainerCallback
 
-ARGUMENTS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
-    "num_train_epochs": 2,
-    "learning_rate": 0.05,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "seed": 7,
-}
+ARGUMENTS: dict[str, Any] = {**SETTINGS, "num_train_epochs": 2}
 
 
 def losses(trainer: Any) -> list[float]:
@@ -211,27 +202,25 @@ def test_what_a_model_may_return(how: str, tmp_path: Path) -> None:
     assert losses(ours) == losses(plain)
 
 
+SIZES = {"vocab_size": 7, "hidden_size": 8, "intermediate_size": 8}
+
+
 def bert() -> Any:
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(**sizes, intermediate_size=8, max_position_embeddings=16, num_labels=3)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return BertForSequenceClassification(config)
+    return BertForSequenceClassification(transformers_config("BertConfig", **SIZES, num_labels=3))
 
 
 def gpt2(**options: Any) -> Any:
-    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "loss_type": "ForCausalLMLoss"}
-    return make_gpt2(**{**still, **options})
+    return make_gpt2(loss_type="ForCausalLMLoss", **options)
 
 
 def llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=8, max_position_embeddings=16))
+    return LlamaForCausalLM(transformers_config("LlamaConfig", **SIZES))
 
 
 MODELS = {"BERT": (bert, word_rows), "GPT-2": (gpt2, token_rows), "Llama": (llama, token_rows)}

@@ -18,7 +18,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def has_object_rule(optimizer_object: Any) -> bool:
-    """Whether :func:`object_rule` knows the class and the settings of an optimizer object.
+    """Whether :func:`object_rule` knows the class and the settings of an optimizer object, and what it remembers: one
+    number of steps for all parameters of a group that have any.
 
     Example:
         >>> w = [nn.Parameter(torch.zeros(1))]
@@ -28,7 +29,8 @@ def has_object_rule(optimizer_object: Any) -> bool:
     if type(optimizer_object) is not torch.optim.AdamW:
         return False
     hooks = optimizer_object._optimizer_step_pre_hooks or optimizer_object._optimizer_step_post_hooks
-    return not hooks and not any(group["amsgrad"] for group in optimizer_object.param_groups)
+    groups = optimizer_object.param_groups
+    return not hooks and not any(group["amsgrad"] or len(_steps(optimizer_object, group)) > 1 for group in groups)
 
 
 def object_rule(optimizer_object: Optimizer, named: Mapping[str, nn.Parameter]) -> Transform:
@@ -48,7 +50,7 @@ def object_rule(optimizer_object: Optimizer, named: Mapping[str, nn.Parameter]) 
     Returns: a transformation with one entry per group: the state of :func:`adamw`, ``rate`` and ``step``. Parameters
     without gradient stay as they are.
 
-    Raises: TypeError for another kind of object.
+    Raises: TypeError for an object that :func:`has_object_rule` does not know.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -63,7 +65,7 @@ def object_rule(optimizer_object: Optimizer, named: Mapping[str, nn.Parameter]) 
     if not has_object_rule(optimizer_object):
         raise TypeError(
             f"optimizer_object: got {type(optimizer_object).__name__}, expected a torch.optim.AdamW without hooks and "
-            "amsgrad; use trainkit.optim.live for others"
+            "amsgrad, whose parameters have made equally many steps; use trainkit.optim.live for others"
         )
     groups = _groups(optimizer_object, named)
 
@@ -109,6 +111,12 @@ def _groups(optimizer_object: Optimizer, named: Mapping[str, nn.Parameter]) -> d
     return found
 
 
+def _steps(optimizer_object: Optimizer, group: dict[str, Any]) -> set[float]:
+    """How many steps the parameters of a group have made, of those that have a memory."""
+    memories = [optimizer_object.state[p] for p in group["params"] if p in optimizer_object.state]
+    return {float(memory["step"]) for memory in memories if "step" in memory}
+
+
 def _rule(group: dict[str, Any]) -> Callable[[Tensor], Transform]:
     def with_rate(rate: Tensor) -> Transform:
         return adamw(
@@ -129,8 +137,7 @@ def _first(
     own = {name: t for name, t in tree.named(params).items() if name in group["names"]}
     memories = {name: optimizer_object.state[named[name]] for name in own}
     device = next(iter(own.values())).device
-    steps = [float(m["step"]) for m in memories.values() if "step" in m]
-    step = torch.full((), max(steps, default=0.0), dtype=torch.float32, device=device)
+    step = torch.full((), max(_steps(optimizer_object, group), default=0.0), dtype=torch.float32, device=device)
     for name, memory in memories.items():
         memory["step"] = step
         for moment in _MOMENTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class AcceleratorConfig:
 
     @classmethod
     def _of(cls, content: Any, where: str) -> AcceleratorConfig:
-        if not isinstance(content, dict):
+        if not isinstance(content, Mapping):
             raise TypeError(
                 f"{where} got {type(content).__name__}, expected a dict, a JSON file or an AcceleratorConfig"
             )

@@ -122,9 +122,10 @@ def _update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any
     if group["beta1"] is not None:
         update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1 - group["beta1"])
     if group["weight_decay"] != 0:
-        wide.add_(wide, alpha=-group["weight_decay"] * rate) if isinstance(rate, float) else wide.sub_(
-            wide * rate * group["weight_decay"]
-        )
+        if isinstance(rate, Tensor):
+            wide.sub_(wide * rate * group["weight_decay"])
+        else:
+            wide.add_(wide, alpha=-group["weight_decay"] * rate)
     wide.sub_(update)
     if wide is not p:
         p.copy_(wide)

@@ -229,8 +229,7 @@ def _add_field(target: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 
 def _flags(prefix: str, name: str) -> list[str]:
     flag = f"--{prefix}{name}"
-    hyphens = f"--{prefix}{name}".replace("_", "-")
-    return list(dict.fromkeys((flag, hyphens)))
+    return list(dict.fromkeys((flag, flag.replace("_", "-"))))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -283,7 +282,8 @@ def _item_type(name: str, kind: Any) -> Callable[[str], Any]:
         return string_to_bool
     if not callable(item):
         raise ValueError(f"{name}: got a list of {item}, expected a list of a type that reads text")
-    return item  # type: ignore[no-any-return]
+    reader: Callable[[str], Any] = item
+    return reader
 
 
 def _bool_or_text(text: str) -> bool | str:

@@ -19,7 +19,7 @@ from trainkit.trainer import arguments_checks as checks
 from trainkit.trainer import processes
 from trainkit.trainer.accelerator_config import AcceleratorConfig
 from trainkit.trainer.arguments_aliases import apply_aliases
-from trainkit.trainer.arguments_json import as_json, as_json_text
+from trainkit.trainer.arguments_json import as_json, as_json_text, hidden
 from trainkit.trainer.arguments_setters import ArgumentSetters
 from trainkit.trainer.deepspeed_options import deepspeed_config, settle_deepspeed
 from trainkit.trainer.enums import (
@@ -81,7 +81,6 @@ class TrainingArguments(ArgumentSetters):
         "gradient_checkpointing_kwargs",
         "lr_scheduler_kwargs",
     ]
-    _BOOLEANS: ClassVar[tuple[str, ...]] = ()
 
     output_dir: str | None = _arg(None, "Folder of checkpoints, final model and metrics; default trainer_output.")
     overwrite_output_dir: bool = _arg(False, "For scripts: whether an existing output_dir may be written into.")
@@ -245,7 +244,7 @@ class TrainingArguments(ArgumentSetters):
     def __str__(self) -> str:
         """One ``name=value`` per line, sorted; tokens hidden."""
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shown |= {name: checks.hidden(name) for name in shown if name.endswith("_token")}
+        shown |= {name: hidden(name) for name in shown if name.endswith("_token")}
         if isinstance(self.accelerator_config, AcceleratorConfig):
             shown["accelerator_config"] = self.accelerator_config.to_dict()
         lines = [f"{name}={value},\n" for name, value in sorted(shown.items()) if not name.startswith("per_gpu_")]
@@ -381,10 +380,3 @@ class TrainingArguments(ArgumentSetters):
         sizes = {"train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
         content = {**self.to_dict(), **sizes}
         return {name: value if type(value) in plain else str(value) for name, value in content.items()}
-
-
-TrainingArguments._BOOLEANS = tuple(
-    f.name
-    for f in dataclasses.fields(TrainingArguments)
-    if isinstance(f.default, bool) and f.name != "include_num_input_tokens_seen"
-)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from trainkit.trainer.arguments import TrainingArguments
+
+_Alias: TypeAlias = "tuple[str, str, Callable[[TrainingArguments], bool]]"
 
 
 def apply_aliases(args: TrainingArguments, also: Sequence[str] = ()) -> None:
@@ -36,12 +38,14 @@ def _moved(args: TrainingArguments, name: str, value: Any) -> bool:
     return changed
 
 
-def _batch_size(kind: str) -> Callable[[TrainingArguments], bool]:
-    def takes_effect(args: TrainingArguments) -> bool:
-        size = getattr(args, f"per_gpu_{kind}_batch_size")
-        return bool(size) and _moved(args, f"per_device_{kind}_batch_size", size)
+def _renamed(old: str, new: str, *unset: Any) -> _Alias:
+    """A field that only has another name now; ``unset`` are its values that say nothing."""
 
-    return takes_effect
+    def takes_effect(args: TrainingArguments) -> bool:
+        value = getattr(args, old)
+        return value not in unset and _moved(args, new, value)
+
+    return old, new, takes_effect
 
 
 def _inputs_for_metrics(args: TrainingArguments) -> bool:
@@ -57,28 +61,14 @@ def _hub_model_id(args: TrainingArguments) -> bool:
     return _moved(args, "hub_model_id", name if owner is None else f"{owner}/{name}")
 
 
-_ALIASES: tuple[tuple[str, str, Callable[[TrainingArguments], bool]], ...] = (
+_ALIASES: tuple[_Alias, ...] = (
     ("no_cuda", "use_cpu", lambda args: bool(args.no_cuda) and _moved(args, "use_cpu", True)),
-    ("per_gpu_train_batch_size", "per_device_train_batch_size", _batch_size("train")),
-    ("per_gpu_eval_batch_size", "per_device_eval_batch_size", _batch_size("eval")),
-    (
-        "fp16_backend",
-        "half_precision_backend",
-        lambda args: (
-            args.fp16_backend not in (None, "auto") and _moved(args, "half_precision_backend", args.fp16_backend)
-        ),
-    ),
+    _renamed("per_gpu_train_batch_size", "per_device_train_batch_size", None, 0),
+    _renamed("per_gpu_eval_batch_size", "per_device_eval_batch_size", None, 0),
+    _renamed("fp16_backend", "half_precision_backend", None, "auto"),
     ("adafactor", "optim='adafactor'", lambda args: bool(args.adafactor) and _moved(args, "optim", "adafactor")),
-    (
-        "torchdynamo",
-        "torch_compile_backend",
-        lambda args: args.torchdynamo is not None and _moved(args, "torch_compile_backend", args.torchdynamo),
-    ),
-    (
-        "push_to_hub_token",
-        "hub_token",
-        lambda args: args.push_to_hub_token is not None and _moved(args, "hub_token", args.push_to_hub_token),
-    ),
+    _renamed("torchdynamo", "torch_compile_backend", None),
+    _renamed("push_to_hub_token", "hub_token", None),
     ("push_to_hub_model_id, push_to_hub_organization", "hub_model_id", _hub_model_id),
     ("include_inputs_for_metrics", "include_for_metrics=['inputs']", _inputs_for_metrics),
     ("use_mps_device", "nothing, an MPS device is found by itself", lambda args: bool(args.use_mps_device)),

@@ -6,7 +6,9 @@ arguments that they left behind: a second run changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import inspect
 import json
 import logging
 import math
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.trainer.accelerator_config import AcceleratorConfig
+from trainkit.trainer.arguments_json import hidden
 from trainkit.trainer.enums import (
     DebugOption,
     HubStrategy,
@@ -62,7 +65,8 @@ _INTEGERS: dict[str, tuple[float, float, bool]] = {
     "save_total_limit": (-math.inf, math.inf, True),
 }
 _JUST_ABOVE_ONE = math.nextafter(1.0, 2.0)
-_FLOATS: dict[str, tuple[float, float, bool]] = {
+# No lowest value: infinite ones are numbers too.
+_FLOATS: dict[str, tuple[float | None, float, bool]] = {
     "learning_rate": (0.0, math.inf, False),
     "weight_decay": (0.0, math.inf, False),
     "adam_beta1": (0.0, 1.0, False),
@@ -76,6 +80,7 @@ _FLOATS: dict[str, tuple[float, float, bool]] = {
     "eval_steps": (-math.inf, math.inf, True),
     "eval_delay": (0.0, math.inf, True),
     "neftune_noise_alpha": (-math.inf, math.inf, True),
+    "max_grad_norm": (None, math.inf, True),
 }
 _WORDS_FOR_BOOLEANS = ("true", "false", "yes", "no", "1", "0", "")
 # What was left at its default is silent; the default, and what the field belongs to.
@@ -120,11 +125,6 @@ def read_text_forms(args: TrainingArguments) -> None:
         args.max_grad_norm = float(args.max_grad_norm)
 
 
-def hidden(name: str) -> str:
-    """What stands for a token where arguments are written down."""
-    return f"<{name.upper()}>"
-
-
 def _typed(content: dict[str, Any]) -> dict[str, Any]:
     return {key: _typed_value(value) for key, value in content.items()}
 
@@ -148,13 +148,11 @@ def check_values(args: TrainingArguments) -> None:
     """
     for name, (low, end, optional) in _INTEGERS.items():
         _check_number(name, getattr(args, name), numbers.Integral, "an integer", low, end, optional)
-    for name, (low, end, optional) in _FLOATS.items():
-        _check_number(name, getattr(args, name), numbers.Real, "a number", low, end, optional)
-    if args.max_grad_norm is not None:
-        _check_number("max_grad_norm", args.max_grad_norm, numbers.Real, "a number", None, math.inf, True)
+    for name, (lowest, end, optional) in _FLOATS.items():
+        _check_number(name, getattr(args, name), numbers.Real, "a number", lowest, end, optional)
     if args.num_train_epochs < 0 and args.max_steps <= 0:
         raise ValueError(f"num_train_epochs: got {args.num_train_epochs}, expected at least 0, or max_steps above 0")
-    for name in args._BOOLEANS:
+    for name in _booleans(type(args)):
         value = getattr(args, name)
         if isinstance(value, str) and value.lower() in _WORDS_FOR_BOOLEANS:
             raise TypeError(f"{name}: got the text {value!r}, expected True or False")
@@ -162,6 +160,15 @@ def check_values(args: TrainingArguments) -> None:
         if getattr(args, name) not in choices:
             known = ", ".join(str(choice) for choice in choices)
             raise ValueError(f"{name}: got {getattr(args, name)!r}, expected one of: {known}")
+
+
+def _booleans(kind: type[TrainingArguments]) -> list[str]:
+    """The fields, those of subclasses too, that are declared as booleans and as nothing else."""
+    declared: dict[str, Any] = {}
+    # Not by the types of the fields: the parser of transformers changes those.
+    for base in reversed(kind.__mro__):
+        declared.update(inspect.get_annotations(base))
+    return [field.name for field in dataclasses.fields(kind) if declared.get(field.name) in (bool, "bool")]
 
 
 def _check_number(name: str, value: Any, kind: Any, words: str, low: float | None, end: float, optional: bool) -> None:

@@ -1,4 +1,4 @@
-"""Arguments as JSON: what checkpoints and trackers hold of them."""
+"""Arguments as JSON: what checkpoints and trackers hold of them, and files that hold an argument."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def as_json(args: Any) -> dict[str, Any]:
     Source: transformers 4.57: ``TrainingArguments.to_dict``.
     """
     names = [field.name for field in dataclasses.fields(args) if field.init]
-    content = {name: f"<{name.upper()}>" if name.endswith("_token") else _plain(getattr(args, name)) for name in names}
+    content = {name: hidden(name) if name.endswith("_token") else _plain(getattr(args, name)) for name in names}
     return _short_dtypes(content)
+
+
+def hidden(name: str) -> str:
+    """What stands for a token where arguments are written down."""
+    return f"<{name.upper()}>"
 
 
 def _plain(value: Any) -> Any:
@@ -55,8 +60,27 @@ def _short_dtypes(content: dict[str, Any]) -> dict[str, Any]:
     return short
 
 
+def read_mapping(name: str, given: Any) -> dict[str, Any]:
+    """A configuration that was given as a mapping, or as the path of a JSON file with one, in a dict of its own.
+
+    Args:
+        name: of the argument, for errors.
+        given: the mapping or the path.
+
+    Raises: TypeError for anything else, OSError if the file cannot be read.
+
+    Example:
+        >>> read_mapping("deepspeed", {"gradient_clipping": 1.0})
+        {'gradient_clipping': 1.0}
+    """
+    found = json.loads(Path(given).read_text(encoding="utf-8")) if isinstance(given, (str, Path)) else given
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{name}: got {type(found).__name__}, expected a dict, a JSON object or the path of one")
+    return dict(found)
+
+
 def as_json_text(content: Mapping[str, Any]) -> str:
-    """JSON text, two spaces per level. Infinite numbers become the texts "Infinity" and "-Infinity".
+    """JSON text, two spaces per level. Infinities and NaN become the texts "Infinity", "-Infinity" and "NaN".
 
     Raises: TypeError naming the field that JSON cannot hold.
 
@@ -71,7 +95,7 @@ def as_json_text(content: Mapping[str, Any]) -> str:
 
 
 def _writable(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+    if value is None or isinstance(value, (int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value).replace("inf", "Infinity").replace("nan", "NaN")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from trainkit.trainer.enums import HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 from trainkit.trainer.tracker_names import tracker_list
 
-if TYPE_CHECKING:
-    from trainkit.trainer.arguments import TrainingArguments
-
 Self = TypeVar("Self", bound="ArgumentSetters")
+Strategy = TypeVar("Strategy", IntervalStrategy, SaveStrategy)
 
 
-def _needs_steps(name: str, strategy: str, steps: float) -> None:
-    if strategy == "steps" and steps == 0:
-        raise ValueError(f"steps: got 0 with {name} 'steps', expected a number above 0")
+def _checked(kind: type[Strategy], strategy: str, steps: float) -> Strategy:
+    found = kind(strategy)
+    if found == "steps" and steps == 0:
+        raise ValueError("steps: got 0 with strategy 'steps', expected a number above 0")
+    return found
 
 
 class ArgumentSetters:
@@ -25,9 +25,8 @@ class ArgumentSetters:
     """
 
     def _set(self: Self, **values: Any) -> Self:
-        args = cast("TrainingArguments", self)
         for name, value in values.items():
-            setattr(args, name, value)
+            setattr(self, name, value)
         return self
 
     def set_training(
@@ -68,11 +67,10 @@ class ArgumentSetters:
 
         Raises: ValueError for an unknown strategy, or 0 steps with strategy "steps".
         """
-        strategy = IntervalStrategy(strategy)
-        _needs_steps("strategy", strategy, steps)
+        checked = _checked(IntervalStrategy, strategy, steps)
         return self._set(
-            eval_strategy=strategy,
-            do_eval=strategy != IntervalStrategy.NO,
+            eval_strategy=checked,
+            do_eval=checked != IntervalStrategy.NO,
             eval_steps=steps,
             per_device_eval_batch_size=batch_size,
             eval_accumulation_steps=accumulation_steps,
@@ -101,10 +99,11 @@ class ArgumentSetters:
 
         Raises: ValueError for an unknown strategy, or 0 steps with strategy "steps".
         """
-        strategy = SaveStrategy(strategy)
-        _needs_steps("strategy", strategy, steps)
         return self._set(
-            save_strategy=strategy, save_steps=steps, save_total_limit=total_limit, save_on_each_node=on_each_node
+            save_strategy=_checked(SaveStrategy, strategy, steps),
+            save_steps=steps,
+            save_total_limit=total_limit,
+            save_on_each_node=on_each_node,
         )
 
     def set_logging(
@@ -122,10 +121,8 @@ class ArgumentSetters:
 
         Raises: ValueError for an unknown strategy or tracker, or 0 steps with strategy "steps".
         """
-        strategy = IntervalStrategy(strategy)
-        _needs_steps("strategy", strategy, steps)
         return self._set(
-            logging_strategy=strategy,
+            logging_strategy=_checked(IntervalStrategy, strategy, steps),
             logging_steps=steps,
             report_to=tracker_list(report_to),
             log_level=level,

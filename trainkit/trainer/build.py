@@ -65,9 +65,7 @@ def check_constructor(
     if data_collator is not None and not callable(data_collator):
         raise TypeError(f"data_collator: got {type(data_collator).__name__}, expected a function of a list of samples")
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise ValueError(
-            "fsdp: it spreads a model over processes, and this is the only one; start several (torchrun)"
-        )
+        raise ValueError("fsdp: it spreads a model over processes, and this is the only one; start several (torchrun)")
     if args.fsdp and (optimizer is not None or scheduler is not None):
         raise RuntimeError("optimizers: FSDP replaces the parameters; override create_optimizer_and_scheduler")
 

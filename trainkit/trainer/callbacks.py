@@ -5,19 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from inspect import signature
 from typing import Any
 
+from trainkit.trainer.build import takes
 from trainkit.trainer.events import EVENTS, ON_REQUEST, heard
 from trainkit.trainer.events import TrainerCallback as TrainerCallback
 from trainkit.trainer.foreign import is_instance
 from trainkit.trainer.state import ExportableState, TrainerControl, TrainerState, restored_callbacks
 
-
-@lru_cache(maxsize=512)
-def _takes(function: Any, name: str) -> bool:
-    parameters = signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+_takes = lru_cache(maxsize=512)(takes)
 
 
 class CallbackHandler(TrainerCallback):

@@ -9,6 +9,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from trainkit.trainer import ROOM_OF
+
 MODULES = (
     "transformers",
     "transformers.trainer",
@@ -22,31 +24,20 @@ MODULES = (
 )
 """Where third-party code imports from."""
 
-_NAMES = {
-    "trainer": ("Trainer",),
-    "seq2seq": ("Seq2SeqTrainer",),
-    "arguments": ("TrainingArguments",),
-    "seq2seq_arguments": ("Seq2SeqTrainingArguments",),
-    "accelerator_config": ("AcceleratorConfig",),
-    "events": ("TrainerCallback",),
-    "callbacks": ("CallbackHandler", "DefaultFlowCallback", "EarlyStoppingCallback"),
-    "progress": ("PrinterCallback", "ProgressCallback"),
-    "state": ("ExportableState", "TrainerControl", "TrainerState"),
-    "outputs": ("BestRun", "EvalLoopOutput", "EvalPrediction", "PredictionOutput", "TrainOutput"),
-    "label_smoothing": ("LabelSmoother",),
-    "enums": (
-        "DebugOption",
-        "EvaluationStrategy",
-        "FSDPOption",
-        "HPSearchBackend",
-        "HubStrategy",
-        "IntervalStrategy",
-        "OptimizerNames",
-        "ParallelMode",
-        "SaveStrategy",
-        "SchedulerType",
-    ),
-}
+_ROOMS = (
+    "accelerator_config",
+    "arguments",
+    "callbacks",
+    "enums",
+    "label_smoothing",
+    "outputs",
+    "progress",
+    "seq2seq",
+    "seq2seq_arguments",
+    "state",
+    "trainer",
+)
+"""Those of ``trainkit.trainer`` whose names take the place of the same ones. Data and functions stay as they are."""
 
 
 @contextmanager
@@ -89,10 +80,12 @@ def patch_transformers() -> Iterator[None]:
 def replacements() -> dict[str, Any]:
     """trainkit's objects by the names that transformers has for them."""
     found = {
-        name: getattr(import_module(f"trainkit.trainer.{module}"), name)
-        for module, names in _NAMES.items()
-        for name in names
+        name: getattr(import_module(f"trainkit.trainer.{room}"), name)
+        for name, room in ROOM_OF.items()
+        if room in _ROOMS
     }
+    # transformers has it in a notebook only, and then as the default that stands below.
+    del found["NotebookProgressCallback"]
     found["DEFAULT_CALLBACKS"] = [found["DefaultFlowCallback"]]
     found["DEFAULT_PROGRESS_CALLBACK"] = found["ProgressCallback"]
     return found

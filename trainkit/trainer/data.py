@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from trainkit.trainer import collators, foreign
@@ -115,10 +115,7 @@ class ColumnsOnly:
             _say_unused([name for name in rows[0] if name not in self.columns], self.description)
         if collators.is_default(self.collator):
             return collators.stacked_rows(rows, self.columns)
-        return self.collator([self._kept(row) for row in rows])
-
-    def _kept(self, row: Any) -> Any:
-        return {k: v for k, v in row.items() if k in self.columns} if isinstance(row, dict) else row  # type: ignore[operator]
+        return self.collator([_kept(row, self.columns) if isinstance(row, dict) else row for row in rows])
 
 
 def align_special_tokens(model: Any, processing_class: Any) -> dict[str, int | None]:
@@ -166,6 +163,10 @@ def _with_first(generation: Any, token: int | None) -> list[int]:
     found = getattr(generation, "eos_token_id", None)
     before = list(found) if isinstance(found, (list, tuple)) else [found]
     return [one for one in dict.fromkeys([token, *before]) if one is not None]
+
+
+def _kept(row: dict[str, Any], columns: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name in columns}
 
 
 def _say_unused(names: Sequence[str], description: str | None) -> None:

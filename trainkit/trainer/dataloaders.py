@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
@@ -19,6 +19,7 @@ from trainkit.trainer.samplers import SeededRandomSampler, has_length, is_stream
 from trainkit.trainer.sharding import RankBatchSampler, stream_parts
 
 _PREFETCH = 2
+_T = TypeVar("_T")
 
 
 class TrainerDataLoader(DataLoader[Any]):
@@ -32,13 +33,19 @@ class TrainerDataLoader(DataLoader[Any]):
     of the loaders of accelerate:
 
     - ``epoch`` (of the pass under way or the next one), ``total_batch_size`` (rows over all processes);
-    - ``end_of_dataloader``: whether the batch given last is known to be the last one of its pass;
-    - ``remainder``: rows of the last batch over all processes that are no repetitions; 0 if none is repeated, -1 if
-      this is not known or such rows are left out.
+    - ``end_of_dataloader``: whether the batch given last is known to be the last one of its pass, or the last of a
+      worker's part of a stream, where rows may be repeated as well;
+    - ``remainder``: rows of that batch over all processes that are no repetitions; 0 if none is repeated, -1 if this is
+      not known or such rows are left out.
+
+    And ``is_last``: whether the batch given last is the last one of its pass, as far as it is known. In evaluation it
+    always is: where the batches cannot be counted, the next one is made before one is given.
     """
 
+    dataset: Any
+    batch_sampler: Any
     epoch = 0
-    end_of_dataloader = False
+    end_of_dataloader = is_last = False
     remainder = -1
     # accelerate passes a loader of which this is true through as it is.
     _is_accelerate_prepared = True
@@ -72,7 +79,6 @@ class TrainerDataLoader(DataLoader[Any]):
         self.gradient_state = gradient_state
         self._start = self._given = 0
         self._stream_state: Any = None
-        self._data: Any = dataset
         self._rows: Any = None
         self._running: tuple[Generator[tuple[Any, bool], None, None], tuple[int, int]] | None = None
 
@@ -82,10 +88,10 @@ class TrainerDataLoader(DataLoader[Any]):
         Raises: TypeError where the data have no length.
         """
         if not self._is_stream:
-            return len(self.batch_sampler)  # type: ignore[arg-type]
+            return len(self.batch_sampler)
         if not has_length(self.dataset):
             raise TypeError(f"len: {type(self.dataset).__name__} has no length, so its batches cannot be counted")
-        whole = len(self.dataset) / self.total_batch_size  # type: ignore[arg-type]
+        whole = len(self.dataset) / self.total_batch_size
         return math.floor(whole) if self._cut[3] else math.ceil(whole)
 
     def set_epoch(self, epoch: int) -> None:
@@ -112,9 +118,9 @@ class TrainerDataLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was given last: epoch, batches, and the stream's own state if it has one.
 
-        JSON, if the stream's state is.
+        JSON, if the stream's state is. In evaluation a stream is read ahead, so that its own state is left out.
         """
-        stream = self._rows.state() if self._rows is not None and self._given else None
+        stream = self._rows.state() if self._rows is not None and self._given and self._by_epoch else None
         return {"epoch": self.epoch, "batch": self._given, "stream": stream}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,7 +131,7 @@ class TrainerDataLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start, self._start = self._start, 0
-        self._given, self.end_of_dataloader = start, False
+        self._given, self.end_of_dataloader, self.is_last = start, False, False
         self.set_epoch(self.epoch)
         return self._pass(start)
 
@@ -145,19 +151,18 @@ class TrainerDataLoader(DataLoader[Any]):
 
     def _of_rows(self, start: int) -> Generator[Any, None, None]:
         """What is left of a pass over map-style data."""
-        sampler: Any = self.batch_sampler
+        sampler = self.batch_sampler
         count, rows = (len(sampler), len(sampler.sampler)) if has_length(sampler) else (None, None)
         self.remainder = -1 if rows is None or self._cut[3] else rows % self.total_batch_size
         batches = self._from_workers(start) if self.num_workers else self._in_turn(start)
         with closing(batches):
-            for number, batch in enumerate(batches, start + 1):
-                if number == count:
-                    self.end_of_dataloader = True
+            for batch, is_last in self._told(batches, None if count is None else count - start):
+                self.is_last = self.end_of_dataloader = is_last
                 yield batch
 
     def _in_turn(self, start: int) -> Generator[Any, None, None]:
         assert self._reader is not None
-        yield from self._reader.read_all(self.batch_sampler.after(start))  # type: ignore[union-attr]
+        yield from self._reader.read_all(self.batch_sampler.after(start))
 
     def _from_workers(self, start: int) -> Generator[Any, None, None]:
         at = self.epoch, start
@@ -198,18 +203,25 @@ class TrainerDataLoader(DataLoader[Any]):
         """What is left of a pass over a stream."""
         self.remainder = -1
         with closing(self._streamed(start)) as batches:
-            for batch, rows in batches:
-                # A batch that is not whole is the last one, and the only one with repetitions.
-                self.end_of_dataloader = rows < self.total_batch_size
+            for (batch, rows), is_last in self._told(batches, None):
+                # Only a batch that is not whole has repetitions: the last one, of each worker where there are several.
+                self.is_last, self.end_of_dataloader = is_last, is_last or rows < self.total_batch_size
                 self.remainder = rows % self.total_batch_size
                 yield batch
+
+    def _told(self, batches: Iterable[_T], count: int | None) -> Iterator[tuple[_T, bool]]:
+        """Each batch, and whether it is known to be the last of ``count``."""
+        # In training nothing is read ahead, since a saved position is that of the data.
+        if count is None and not self._by_epoch:
+            return with_last(batches)
+        return ((batch, number == count) for number, batch in enumerate(batches, 1))
 
     def _streamed(self, start: int) -> Generator[tuple[Any, int], None, None]:
         if self.num_workers:
             from trainkit.trainer.worker_items import stream_batches
 
             made = stream_batches(
-                self._data, self.collate_fn, self._cut, seed=self._seed, epoch=self.epoch, **self._work()
+                self.dataset, self.collate_fn, self._cut, seed=self._seed, epoch=self.epoch, **self._work()
             )
             with closing(made):
                 yield from itertools.islice(made, start, None)
@@ -222,11 +234,11 @@ class TrainerDataLoader(DataLoader[Any]):
     def _rows_from(self, start: int) -> tuple[Iterator[Any], int]:
         """The rows of a stream, and how many batches of the pass they come after."""
         if not (hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")):
-            return iter(self._data), 0
+            return iter(self.dataset), 0
         from trainkit.io.data.streams import IterableRows
 
         if self._rows is None:
-            self._rows = IterableRows(self._data, seed=self._seed)
+            self._rows = IterableRows(self.dataset, seed=self._seed)
         state, self._stream_state = self._stream_state, None
         size, _, world, _ = self._cut
         # Several processes fill up the last batch from the first rows, which a state does not have.
@@ -419,14 +431,29 @@ def after(loader: Any, batches: int) -> Iterable[Any]:
     return itertools.islice(loader, batches, None)
 
 
-def length_of(loader: Any) -> int | None:
-    """The batches of a loader; None where they cannot be counted.
+def length_of(data: Any) -> int | None:
+    """The length of a loader or a data set; None where there is none.
 
     Example:
         >>> length_of([1, 2]), length_of(iter([1, 2]))
         (2, None)
     """
-    return len(loader) if has_length(loader) else None
+    return len(data) if has_length(data) else None
+
+
+def with_last(items: Iterable[_T]) -> Iterator[tuple[_T, bool]]:
+    """Each item, and whether it is the last: the next one is taken before one is given.
+
+    Example:
+        >>> list(with_last("ab"))
+        [('a', False), ('b', True)]
+    """
+    coming = iter(items)
+    for held in itertools.islice(coming, 1):
+        for item in coming:
+            yield held, False
+            held = item
+        yield held, True
 
 
 def _check(batch_size: int, rank: int, world: int, split_batches: bool) -> None:

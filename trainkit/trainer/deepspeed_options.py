@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from trainkit.trainer.arguments_json import read_mapping
 
 if TYPE_CHECKING:
     from trainkit.trainer.arguments import TrainingArguments
@@ -44,11 +44,7 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
 
     Raises: TypeError, OSError if it cannot be read; ValueError if it contradicts the arguments.
     """
-    given: Any = args.deepspeed
-    config = json.loads(Path(given).read_text(encoding="utf-8")) if isinstance(given, (str, Path)) else given
-    if not isinstance(config, Mapping):
-        raise TypeError(f"deepspeed: got {type(config).__name__}, expected a dict, a JSON object or the path of one")
-    config = copy.deepcopy(dict(config))
+    config = copy.deepcopy(read_mapping("deepspeed", args.deepspeed))
     _raise(fill_deepspeed(config, args, auto_find_batch_size=args.auto_find_batch_size))
     return config
 
@@ -116,11 +112,12 @@ def finish_deepspeed(config: dict[str, Any], args: TrainingArguments, model: Any
 
 
 def _width(config: Any) -> int | None:
-    for owner in (config, getattr(config, "text_config", None)):
+    owners: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+    for owner in owners:
         if getattr(owner, "hidden_size", None) is not None:
-            return int(owner.hidden_size)  # type: ignore[union-attr]
+            return int(owner.hidden_size)
         if getattr(owner, "hidden_sizes", None):
-            return int(max(owner.hidden_sizes))  # type: ignore[union-attr]
+            return int(max(owner.hidden_sizes))
     return None
 
 

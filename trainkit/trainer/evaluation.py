@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from trainkit.accumulate import merge_metrics
 from trainkit.metrics import MetricFn, compute
 from trainkit.trainer.accumulate_predictions import Predictions, batch_rows, nested_map, nested_truncate
+from trainkit.trainer.dataloaders import length_of, with_last
 from trainkit.trainer.evaluation_ranks import Losses, Ranks, Table, loss_per_row, mean_loss, over_ranks
 from trainkit.trainer.outputs import EvalLoopOutput, EvalPrediction
 from trainkit.types import Metrics
@@ -113,7 +113,9 @@ def evaluate_batches(
     _check_metrics(hooks.compute_metrics)
     by_batch = hooks.batch_eval_metrics or isinstance(hooks.compute_metrics, Mapping)
     run = _Run(hooks, keep=not by_batch or description == "Prediction")
-    for inputs, last in _with_last(dataloader, hooks.ranks.is_last):
+    is_last = hooks.ranks.is_last
+    batches = with_last(dataloader) if is_last is None else ((inputs, is_last()) for inputs in dataloader)
+    for inputs, last in batches:
         run.take(inputs, last, prediction_loss_only, ignore_keys)
     wanted = hooks.compute_metrics is not None and not prediction_loss_only and description != "Prediction"
     if wanted and run.batches and not run.had_labels:
@@ -143,7 +145,7 @@ def prediction_loop(
 
     Source: Trainer 4.57: ``prediction_loop``.
     """
-    if _length(dataloader) is None:
+    if length_of(dataloader) is None:
         raise ValueError("dataloader: it has no length; use evaluation_loop (use_legacy_prediction_loop=False)")
     if getattr(dataloader, "total_batch_size", None) is None and getattr(dataloader, "batch_size", None) is None:
         raise ValueError("dataloader: it has no batch_size; use evaluation_loop (use_legacy_prediction_loop=False)")
@@ -279,11 +281,11 @@ class _Run:
 
     def _num_samples(self, dataloader: Any) -> int:
         dataset = getattr(dataloader, "dataset", None)
-        known = _length(dataset)
+        known = length_of(dataset)
         if known is None:
             counted = getattr(dataset, "num_examples", 0)
             known = counted if isinstance(counted, int) else 0
-        if not known and self.hooks.num_examples is not None and _length(dataloader) is not None:
+        if not known and self.hooks.num_examples is not None and length_of(dataloader) is not None:
             known = int(self.hooks.num_examples(dataloader))
         if not known:
             ranks, seen = self.hooks.ranks, torch.tensor([self.observed])
@@ -369,27 +371,6 @@ def _mapping(metrics: Any) -> Mapping[str, Any]:
     return metrics
 
 
-def _with_last(dataloader: Iterable[Any], is_last: Callable[[], bool] | None) -> Iterator[tuple[Any, bool]]:
-    """Each batch, and whether it is the last: known by the loader, or by looking one ahead."""
-    if is_last is not None:
-        for batch in dataloader:
-            yield batch, is_last()
-        return
-    batches = iter(dataloader)
-    for held in itertools.islice(batches, 1):
-        for batch in batches:
-            yield held, False
-            held = batch
-        yield held, True
-
-
 def _values(metrics: Metrics) -> dict[str, Any]:
     """As numbers and lists of numbers, which every log can hold."""
     return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in compute(metrics).items()}
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None

@@ -48,7 +48,7 @@ def ranks_of(accelerator: Any, dataloader: Any, gather: Callable[[Any], Any] | N
     Args:
         accelerator: that prepared the loader.
         dataloader: one that is not prepared is taken to have no row twice.
-        gather: in place of ``accelerator.gather_for_metrics``.
+        gather: in place of ``accelerator.gather_for_metrics``, where there are several.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     if not (hasattr(dataloader, "end_of_dataloader") and hasattr(dataloader, "remainder")):
@@ -56,15 +56,15 @@ def ranks_of(accelerator: Any, dataloader: Any, gather: Callable[[Any], Any] | N
         return Ranks() if world == 1 else Ranks(world, _padding(accelerator), accelerator.gather, accelerator.gather)
 
     def is_last() -> bool:
-        return bool(dataloader.end_of_dataloader)
+        return bool(getattr(dataloader, "is_last", dataloader.end_of_dataloader))
 
     def own_rows(rows: int) -> int | None:
-        if not is_last() or dataloader.remainder <= 0:
+        if not dataloader.end_of_dataloader or dataloader.remainder <= 0:
             return None
         return int(min(max(dataloader.remainder - rank * rows, 0), rows))
 
     if world == 1:
-        return Ranks(is_last=is_last) if gather is None else Ranks(gather=gather, is_last=is_last)
+        return Ranks(is_last=is_last)
     return Ranks(
         world=world,
         pad=_padding(accelerator),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.trainer.arguments_checks import unserved
+from trainkit.trainer.arguments_json import read_mapping
 from trainkit.trainer.enums import FSDPOption
 
 if TYPE_CHECKING:
@@ -44,12 +43,8 @@ def settle_fsdp(args: TrainingArguments) -> list[str]:
 
 
 def _settled_config(args: TrainingArguments) -> tuple[dict[str, Any], list[str]]:
-    given = args.fsdp_config
-    if isinstance(given, str):
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"fsdp_config: got {type(given).__name__}, expected a dict, a JSON object or the path of one")
-    config = {key.removeprefix("fsdp_"): value for key, value in (given or {}).items()}
+    given = {} if args.fsdp_config is None else read_mapping("fsdp_config", args.fsdp_config)
+    config = {key.removeprefix("fsdp_"): value for key, value in given.items()}
     old = []
     if args.fsdp_min_num_params > config.get("min_num_params", 0):
         old.append("fsdp_min_num_params")
@@ -76,6 +71,8 @@ def check_fsdp(args: TrainingArguments) -> None:
     for key in (*_XLA, "xla_fsdp_settings"):
         if config.get(key):
             raise unserved("fsdp_config", {key: config[key]}, "XLA", "leave it out")
+    if fsdp and args.deepspeed:
+        raise ValueError(f"fsdp: got {[word.value for word in fsdp]} together with deepspeed, expected one of them")
     if fsdp == [FSDPOption.OFFLOAD]:
         raise ValueError("fsdp: got 'offload' alone, expected it beside a sharding, such as 'full_shard offload'")
     if FSDPOption.FULL_SHARD in fsdp and FSDPOption.SHARD_GRAD_OP in fsdp:
@@ -122,7 +119,8 @@ def fsdp_plugin_options(args: TrainingArguments) -> dict[str, Any] | None:
     """
     if not args.fsdp:
         return None
-    fsdp, config = [FSDPOption(word) for word in args.fsdp], dict(args.fsdp_config)  # type: ignore[arg-type]
+    config: Any = args.fsdp_config
+    fsdp = [FSDPOption(word) for word in args.fsdp]
     sharding = next((word for word in reversed(fsdp) if word in _SHARDINGS), FSDPOption.FULL_SHARD)
     options: dict[str, Any] = {
         "cpu_offload": FSDPOption.OFFLOAD in fsdp,

@@ -7,7 +7,6 @@ Functions that reach the hub take ``api``, an object with ``create_repo`` and ``
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 from trainkit.trainer.checkpoints import ARGUMENTS
 from trainkit.trainer.enums import HubStrategy, SaveStrategy
 from trainkit.trainer.foreign import unwrapped
-from trainkit.trainer.state import write_whole
+from trainkit.trainer.state import replacement, write_whole
 
 NOT_UPLOADED = ("_*", "checkpoint-*", ".staging-*", ".trash-*", ".lock", ".*.new")
 """Patterns of what stays at home when ``output_dir`` is uploaded: checkpoints, and what is being written or removed."""
@@ -280,12 +279,8 @@ def _files_of_model(folder: Path) -> Iterable[str]:
 
 def _replace(source: Path, target: Path) -> None:
     # A new file under the old name: an upload that still reads the old one gets it whole.
-    beside = target.with_name(f".{target.name}.{os.getpid()}.new")
-    try:
+    with replacement(target) as beside:
         shutil.copyfile(source, beside)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _hub(api: Any) -> Any:

@@ -3,6 +3,9 @@
 A factor is a plain function of the number of completed updates; the learning rate of a parameter group is its first
 rate times the factor. With w updates of warm-up and T in all, p = (s - w) / max(1, T - w) is the progress after the
 warm-up, and unless a schedule says otherwise the factor rises as s / max(1, w) until s = w.
+
+These are Python's numbers, which ``LambdaLR`` multiplies with, and they go on after the end as those of transformers do
+(a cosine rises again). For steps that are compiled there is ``trainkit.schedules``: tensors, which stay at their end.
 """
 
 from __future__ import annotations

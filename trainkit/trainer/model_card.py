@@ -18,7 +18,7 @@ import torch
 
 from trainkit.trainer.enums import ParallelMode
 from trainkit.trainer.foreign import base_of, is_hf_dataset, is_peft_model, is_pretrained_model, unwrapped
-from trainkit.trainer.state import write_whole
+from trainkit.trainer.state import as_python, write_whole
 from trainkit.trainer.user_metrics import losses, user_metrics
 
 FILE = "README.md"
@@ -347,7 +347,7 @@ def _index_results(card: Card, metrics: Mapping[str, str]) -> list[dict[str, Any
     """An entry for each task on each data set; the hub takes only complete ones."""
     if not metrics:
         return []
-    measured = [{"name": name, "type": tag, "value": _number(card.results[name])} for tag, name in metrics.items()]
+    measured = [{"name": name, "type": tag, "value": as_python(card.results[name])} for tag, name in metrics.items()]
     found = []
     for task in card.tasks:
         for i, (tag, name) in enumerate(zip(card.dataset_tags, card.dataset, strict=False)):
@@ -365,11 +365,6 @@ def _task_name(tag: str) -> str:
 
 def _at(values: Sequence[Any], i: int, default: Any) -> Any:
     return values[i] if i < len(values) else default
-
-
-def _number(value: Any) -> Any:
-    """A number of NumPy or torch as Python's, which YAML can hold."""
-    return value.item() if hasattr(value, "item") else value
 
 
 def text_of(card: Card) -> str:
@@ -423,7 +418,7 @@ def shown(value: Any) -> str:
         >>> shown(0.123456), shown(0.5), shown(1.2345e-06), shown("No log")
         ('0.1235', '0.5', '1.234e-06', 'No log')
     """
-    value = _number(value)
+    value = as_python(value)
     if not isinstance(value, float) or len(str(value).partition(".")[2]) <= 4:
         return str(value)
     rounded = f"{value:.4f}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +27,21 @@ def activate_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
     Returns: the handle for :func:`deactivate_neftune`.
 
     Raises: ValueError for ``alpha`` out of range, a model without ``get_input_embeddings``, or one that has noise.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.tokens = nn.Embedding(5, 4)
+        ...     def get_input_embeddings(self):
+        ...         return self.tokens
+        >>> model, ids = Model(), torch.tensor([[0, 1]])
+        >>> plain = model.tokens(ids)
+        >>> handle = activate_neftune(model, 5.0)
+        >>> noise = (model.tokens(ids) - plain).detach()
+        >>> deactivate_neftune(model, handle)
+        >>> 0 < float(noise.abs().max()) <= 5.0 / 8**0.5 + 1e-6, torch.equal(model.tokens(ids), plain)
+        (True, True)
 
     Source: Trainer 4.57: ``_activate_neftune``; Jain et al. 2023, algorithm 1.
     """
@@ -60,40 +73,6 @@ def deactivate_neftune(model: nn.Module, handle: RemovableHandle | None) -> None
     embeddings = _input_embeddings(model)
     if hasattr(embeddings, _ALPHA):
         delattr(embeddings, _ALPHA)
-
-
-@contextmanager
-def neftune_noise(model: nn.Module, alpha: float | None) -> Iterator[None]:
-    """A scope with noise on the embeddings; whatever happens inside, the model is then as it was.
-
-    Args:
-        model: as for :func:`activate_neftune`.
-        alpha: as for :func:`activate_neftune`; None does nothing.
-
-    Example:
-        >>> class Model(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.tokens = nn.Embedding(5, 4)
-        ...     def get_input_embeddings(self):
-        ...         return self.tokens
-        ...     def forward(self, ids):
-        ...         return self.tokens(ids)
-        >>> model, ids = Model(), torch.tensor([[0, 1]])
-        >>> plain = model(ids)
-        >>> with neftune_noise(model, 5.0):
-        ...     noisy = model(ids)
-        >>> bool((noisy - plain).abs().max() <= 5.0 / 8**0.5), torch.equal(noisy, plain), torch.equal(model(ids), plain)
-        (True, False, True)
-    """
-    if alpha is None:
-        yield
-        return
-    handle = activate_neftune(model, alpha)
-    try:
-        yield
-    finally:
-        deactivate_neftune(model, handle)
 
 
 def _add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -316,7 +316,7 @@ def needs_live_gradients(optimizer: Any) -> bool:
         >>> needs_live_gradients(inner), needs_live_gradients(LayerwiseOptimizer({w: inner}))
         (False, True)
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = raw(optimizer)
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(inner).__mro__}
     return isinstance(inner, LayerwiseOptimizer) or not names.isdisjoint(_DURING_BACKWARD)
 

@@ -23,7 +23,9 @@ def local_rank_of_launcher() -> int:
 
 def wants_cpu(args: TrainingArguments) -> bool:
     """Whether accelerators are left alone: ``use_cpu``, or ``accelerate launch --cpu``."""
-    return args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    from accelerate.utils import parse_flag_from_env
+
+    return args.use_cpu or bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def process_state(args: TrainingArguments) -> Any:

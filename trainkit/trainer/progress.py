@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from trainkit.trainer.dataloaders import length_of
 from trainkit.trainer.events import TrainerCallback
 from trainkit.trainer.state import TrainerControl, TrainerState
 
@@ -72,7 +73,7 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.prediction_bar is None:
-            total = _length(eval_dataloader)
+            total = length_of(eval_dataloader)
             if total is None:
                 return
             self.prediction_bar = self.make_bar(total=total, leave=self.training_bar is None)
@@ -103,13 +104,6 @@ class ProgressCallback(TrainerCallback):
         if self.prediction_bar is not None:
             self.prediction_bar.close()
             self.prediction_bar = None
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, AttributeError, NotImplementedError):
-        return None
 
 
 class NotebookProgressCallback(ProgressCallback):

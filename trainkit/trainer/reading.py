@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,10 +14,6 @@ from trainkit.trainer import collators, foreign
 from trainkit.trainer.data import ColumnsOnly
 
 Rows = Sequence[int] | Tensor
-MAX_GROUP = 32
-"""Batches that are read at once from Arrow tables."""
-MAX_BYTES = 4 << 20
-"""And how large they may be together."""
 
 
 class BatchReader:
@@ -26,7 +23,7 @@ class BatchReader:
     - A ``datasets.Dataset`` with the default collator is read in columns, up to 32 batches at once.
     - Everything else in rows, by ``__getitems__`` where there is one, which the collator gets as a list.
 
-    The batches are those that ``collate([dataset[i] for i in rows])`` gives.
+    The batches are those that ``collate([dataset[i] for i in rows])`` gives. To worker processes a reader is a source.
 
     Args:
         dataset: map-style.
@@ -34,7 +31,7 @@ class BatchReader:
 
     Example:
         >>> reader = BatchReader([{"x": 1}, {"x": 2}], collators.default_data_collator)
-        >>> reader.read([1, 0])
+        >>> reader.fetch([1, 0])
         {'x': tensor([2, 1])}
     """
 
@@ -53,15 +50,15 @@ class BatchReader:
         """Of the data set."""
         return len(self._dataset)
 
-    def read(self, rows: Rows) -> Any:
+    def fetch(self, indices: Rows) -> Any:
         """One batch."""
         if self._tensors is not None:
-            at = rows if isinstance(rows, Tensor) else torch.tensor(rows)
+            at = indices if isinstance(indices, Tensor) else torch.tensor(indices)
             found = [tensor[at] for tensor in self._tensors]
             if self._stacks:
                 return found
             return self._collate(list(zip(*(tensor.unbind() for tensor in found), strict=True)))
-        listed = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        listed = _listed(indices)
         if self._columns is not None:
             batch = collators.stacked_columns(self._columns.fetch(listed))
             if batch is not None:
@@ -74,27 +71,31 @@ class BatchReader:
     def read_all(self, plan: Iterator[Rows]) -> Iterator[Any]:
         """The batches of a plan, each read when it is asked for, except what is said above of Arrow tables."""
         if self._columns is None:
-            return map(self.read, plan)
+            return map(self.fetch, plan)
         return self._in_groups(plan)
 
     def _in_groups(self, plan: Iterator[Rows]) -> Iterator[Any]:
+        from trainkit.io.data.groups import GROUP_BATCHES, GROUP_BYTES
+
         # The first batch is not kept waiting for others.
-        size, limit = 1, MAX_GROUP
-        while group := [rows for _, rows in zip(range(size), plan, strict=False)]:
-            batches = self._group(group) if len(group) > 1 else [self.read(group[0])]
-            limit = min(limit, max(1, MAX_BYTES // max(1, _num_bytes(batches[0]))))
-            size = min(size * 2, limit)
+        size = 1
+        while group := list(islice(plan, size)):
+            batches = self._group(group) if len(group) > 1 else [self.fetch(group[0])]
+            size = max(1, min(size * 2, GROUP_BATCHES, GROUP_BYTES // max(1, _num_bytes(batches[0]))))
             yield from batches
 
     def _group(self, group: list[Rows]) -> list[Any]:
         sizes = [len(rows) for rows in group]
-        listed = [row for rows in group for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
-        whole = collators.stacked_columns(self._columns.fetch(listed))
+        whole = collators.stacked_columns(self._columns.fetch([row for rows in group for row in _listed(rows)]))
         # Lists whose lengths differ between batches, or values that only rows tell.
         if not whole:
-            return [self.read(rows) for rows in group]
+            return [self.fetch(rows) for rows in group]
         parts = [torch.split(tensor, sizes) for tensor in whole.values()]
         return [dict(zip(whole, tensors, strict=True)) for tensors in zip(*parts, strict=True)]
+
+
+def _listed(rows: Rows) -> list[int]:
+    return rows.tolist() if isinstance(rows, Tensor) else list(rows)
 
 
 def _stacks_tuples(collate: Any) -> bool:

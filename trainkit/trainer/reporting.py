@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
+from trainkit.trainer.checkpoints import STATE
 from trainkit.trainer.state import TrainerState, plain, read_object, write_whole
-
-STATE_FILE = "trainer_state.json"
 
 
 def speed_metrics(
@@ -145,7 +144,7 @@ def save_state(output_dir: str | os.PathLike[str], state: TrainerState) -> None:
 
     Source: Trainer 4.57: ``save_state``.
     """
-    state.save_to_json(Path(output_dir) / STATE_FILE)
+    state.save_to_json(Path(output_dir) / STATE)
 
 
 class MemoryTracker:

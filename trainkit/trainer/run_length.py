@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainkit.trainer import foreign
+from trainkit.trainer.samplers import has_length
 from trainkit.trainer.sharding import IterableDatasetShard
 
 IGNORED = -100
@@ -149,15 +150,14 @@ def num_examples(dataloader: Any, batch_size: int) -> int:
 
     Source: Trainer 4.57: num_examples, which takes the batch size of training for any loader.
     """
-    dataset = getattr(dataloader, "dataset", None)
+    dataset: Any = getattr(dataloader, "dataset", None)
     dataset = dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
-    try:
-        return len(dataset)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError, AttributeError):
-        own = getattr(dataloader, "batch_size", None)
-        if own is None:
-            own = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None)
-        return len(dataloader) * (own or batch_size)
+    if has_length(dataset):
+        return len(dataset)
+    own = getattr(dataloader, "batch_size", None)
+    if own is None:
+        own = getattr(getattr(dataloader, "batch_sampler", None), "batch_size", None)
+    return len(dataloader) * (own or batch_size)
 
 
 def num_tokens(dataloader: Iterable[Any], max_steps: int | None = None) -> int:

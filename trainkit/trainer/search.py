@@ -24,18 +24,20 @@ class Backend:
         package: what it is imported as.
         default_space: ``(trial) -> parameters``; what is searched unless the user says.
         run: ``(trainer, n_trials, direction, **kwargs) -> BestRun``, a list of them for several directions.
+        trial_id: ``(trial) -> id``, which names the folder of the trial.
     """
 
     name: HPSearchBackend
     package: str
     default_space: Callable[[Any], Any]
     run: Callable[..., Any]
+    trial_id: Callable[[Any], str]
 
 
 BACKENDS = (
-    Backend(HPSearchBackend.OPTUNA, "optuna", search_optuna.default_space, search_optuna.run),
-    Backend(HPSearchBackend.RAY, "ray", search_ray.default_space, search_ray.run),
-    Backend(HPSearchBackend.WANDB, "wandb", search_wandb.default_space, search_wandb.run),
+    Backend(HPSearchBackend.OPTUNA, "optuna", search_optuna.default_space, search_optuna.run, search_optuna.trial_id),
+    Backend(HPSearchBackend.RAY, "ray", search_ray.default_space, search_ray.run, search_ray.trial_id),
+    Backend(HPSearchBackend.WANDB, "wandb", search_wandb.default_space, search_wandb.run, search_wandb.trial_id),
 )
 """In the order in which they are looked for."""
 
@@ -57,12 +59,17 @@ def backend_of(name: str | HPSearchBackend | None = None) -> Backend:
     wanted = HPSearchBackend(name)
     if wanted == HPSearchBackend.SIGOPT:
         raise RuntimeError("backend: got 'sigopt', which is not served: its service has ended; use optuna")
-    backend = next(backend for backend in BACKENDS if backend.name == wanted)
+    backend = _named(wanted)
     if not _installed(backend):
         raise RuntimeError(
             f"backend: got {wanted.value!r}, but {backend.package} is not installed; {_install(backend)}"
         )
     return backend
+
+
+def _named(name: str) -> Backend:
+    wanted = HPSearchBackend(name)
+    return next(backend for backend in BACKENDS if backend.name == wanted)
 
 
 def _installed(backend: Backend) -> bool:
@@ -93,16 +100,10 @@ def run_folder(output_dir: str, backend: str | None, trial: Any, hp_name: Callab
     """
     if backend is None or trial is None:
         return output_dir
-    name = f"run-{_trial_id(HPSearchBackend(backend), trial)}" if hp_name is None else hp_name(trial)
+    name = f"run-{_named(backend).trial_id(trial)}" if hp_name is None else hp_name(trial)
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"hp_name: got {name!r}, expected the name of a folder in output_dir")
     return str(Path(output_dir) / name)
-
-
-def _trial_id(backend: HPSearchBackend, trial: Any) -> str:
-    if backend == HPSearchBackend.OPTUNA:
-        return str(trial.number)
-    return search_ray.trial_id() if backend == HPSearchBackend.RAY else search_wandb.run_id()
 
 
 def default_objective(metrics: Mapping[str, float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -52,11 +52,13 @@ def run(trainer: Any, n_trials: int, direction: str | list[str], **kwargs: Any) 
             "the same storage and study_name"
         )
     options = {name: kwargs.pop(name) for name in _OF_OPTIMIZE if name in kwargs}
+    catch = options.get("catch", ())
+    ends = (optuna.TrialPruned, *(catch if isinstance(catch, Iterable) else (catch,)))
     with searching(trainer) as reset:
         if trainer.args.process_index != 0:
-            _follow(trainer, reset)
+            _follow(trainer, reset, ends)
             return None
-        lead = _Leader(trainer, reset)
+        lead = _Leader(trainer, reset, ends)
         try:
             several = {"direction": direction} if isinstance(direction, str) else {"directions": direction}
             study = optuna.create_study(**several, **kwargs)
@@ -68,10 +70,16 @@ def run(trainer: Any, n_trials: int, direction: str | list[str], **kwargs: Any) 
 
 
 class _Leader:
-    """The objective of a study. Remembers whether the other processes train; if not, they wait for the next trial."""
+    """The objective of a study. Remembers whether the other processes train; if not, they wait for the next trial.
 
-    def __init__(self, trainer: Any, reset: Callable[[], None]) -> None:
-        self.trainer, self.reset = trainer, reset
+    Args:
+        trainer: trains each trial.
+        reset: called before each.
+        ends: errors of a trial after which all processes go on to the next one.
+    """
+
+    def __init__(self, trainer: Any, reset: Callable[[], None], ends: tuple[type[Exception], ...]) -> None:
+        self.trainer, self.reset, self.ends = trainer, reset, ends
         self.training = False
 
     def __call__(self, trial: Any) -> Any:
@@ -84,20 +92,18 @@ class _Leader:
         self.training = True
         try:
             value = run_trial(self.trainer, trial)
-        except optuna.TrialPruned:
+        except self.ends:
             self.training = False
             raise
         self.training = False
         return value
 
 
-def _follow(trainer: Any, reset: Callable[[], None]) -> None:
+def _follow(trainer: Any, reset: Callable[[], None], ends: tuple[type[Exception], ...]) -> None:
     """Train each trial that the main process proposes, until it says that there is no more."""
-    optuna: Any = import_module("optuna")
-
     while (trial := _shared(None)) is not None:
         reset()
-        with contextlib.suppress(optuna.TrialPruned):
+        with contextlib.suppress(*ends):
             run_trial(trainer, trial)
 
 
@@ -120,6 +126,11 @@ def should_prune(trial: Any, objective: Any, step: int) -> bool:
         trial.report(objective, step)
         prune = trial.should_prune()
     return bool(_shared(prune))
+
+
+def trial_id(trial: Any) -> str:
+    """The number of the trial in its study."""
+    return str(trial.number)
 
 
 def pruned() -> Exception:

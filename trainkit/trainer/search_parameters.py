@@ -12,6 +12,8 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any
 
+from trainkit.trainer.state import as_python
+
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -51,7 +53,7 @@ def apply_parameters(args: Any, parameters: Mapping[str, Any]) -> None:
 
 
 def as_declared(name: str, value: Any, declared: Any) -> Any:
-    """A value as a field of a type wants it: text is read, whole floats become integers, numbers of NumPy Python's.
+    """A value as a field of a type wants it: text is read, whole floats become integers, NumPy's numbers Python's.
 
     Args:
         name: of the field, for errors.
@@ -71,7 +73,7 @@ def as_declared(name: str, value: Any, declared: Any) -> Any:
         if NoneType not in kinds and Any not in kinds:
             raise TypeError(f"{name}: got None, expected {_words(kinds)}")
         return None
-    value = _python(value)
+    value = as_python(value)
     if any(_is(value, kind) for kind in kinds):
         return value
     for kind in (bool, int, float):
@@ -88,11 +90,6 @@ def _is(value: Any, kind: Any) -> bool:
         return True
     kind = typing.get_origin(kind) or kind
     return isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
-
-
-def _python(value: Any) -> Any:
-    """A 0-d number of NumPy or torch as Python's."""
-    return value.item() if hasattr(value, "item") and not getattr(value, "ndim", 0) else value
 
 
 def _boolean(name: str, value: Any) -> bool | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainkit.trainer.outputs import BestRun
 from trainkit.trainer.reporting import MemoryTracker
-from trainkit.trainer.search_trials import release, run_trial, searching
+from trainkit.trainer.search_trials import check_direction, release, run_trial, searching
 
 _NEED_REPORTS = ("AsyncHyperBandScheduler", "MedianStoppingRule", "HyperBandForBOHB", "PopulationBasedTraining")
 
@@ -47,17 +47,16 @@ def run(trainer: Any, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
     """
     tune: Any = import_module("ray.tune")
 
-    if direction not in ("minimize", "maximize"):
-        raise ValueError(f"direction: got {direction!r}, expected 'minimize' or 'maximize' for ray")
+    check_direction(direction, "ray")
     _check_scheduler(trainer.args, kwargs.get("scheduler"))
     kwargs.setdefault("resources_per_trial", {"cpu": 1, **({"gpu": 1} if trainer.args.n_gpu else {})})
     kwargs.setdefault("progress_reporter", tune.CLIReporter(metric_columns=["objective"]))
     with searching(trainer):
         release(trainer)
         tracker, trainer._memory_tracker = trainer._memory_tracker, MemoryTracker(skip=True)
-        writers = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "TensorBoardCallback"]
-        for writer in writers:
-            trainer.remove_callback(writer)
+        handler = trainer.callback_handler
+        callbacks = handler.callbacks
+        handler.callbacks = [c for c in callbacks if type(c).__name__ != "TensorBoardCallback"]
         try:
             analysis = tune.run(
                 tune.with_parameters(_trial, trainer=trainer),
@@ -67,10 +66,8 @@ def run(trainer: Any, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
             )
         finally:
             trainer._memory_tracker = tracker
-            for writer in writers:
-                trainer.add_callback(writer)
-        scope = trainer.args.ray_scope
-    best = analysis.get_best_trial(metric="objective", mode=direction[:3], scope=scope)
+            handler.callbacks = callbacks
+    best = analysis.get_best_trial(metric="objective", mode=direction[:3], scope=trainer.args.ray_scope)
     if best is None:
         raise RuntimeError("search: no trial of ray reported an objective")
     return BestRun(best.trial_id, best.last_result["objective"], best.config, analysis)
@@ -99,7 +96,7 @@ def report(metrics: dict[str, Any], folder: str | None) -> None:
     tune.report(metrics, checkpoint=None if folder is None else tune.Checkpoint.from_directory(folder))
 
 
-def trial_id() -> str:
+def trial_id(trial: Any) -> str:
     """Ray's name of the trial that runs in this process."""
     tune: Any = import_module("ray.tune")
 

@@ -32,6 +32,8 @@ def searching(trainer: Any) -> Iterator[Callable[[], None]]:
         trainer._trial = None
         trainer.create_accelerator_and_postprocess()
         trainer._start_with_new_model(None)
+        # What the last trial had made of its settings: the smoother of labels, the noise.
+        trainer._take_searched_settings()
         if trainer.place_model_on_device:
             trainer._move_model_to_device(trainer.model, args.device)
 
@@ -59,6 +61,15 @@ def run_trial(
         if at_end is not None:
             at_end({**metrics, "objective": trainer.objective})
     return trainer.objective
+
+
+def check_direction(direction: Any, backend: str) -> None:
+    """Refuse what a library of one direction does not take.
+
+    Raises: ValueError.
+    """
+    if direction not in ("minimize", "maximize"):
+        raise ValueError(f"direction: got {direction!r}, expected 'minimize' or 'maximize' for {backend}")
 
 
 def release(trainer: Any) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from trainkit.trainer.outputs import BestRun
-from trainkit.trainer.search_trials import run_trial, searching
+from trainkit.trainer.search_trials import check_direction, run_trial, searching
 from trainkit.trainer.trackers import WandbCallback
 
 
@@ -60,8 +60,7 @@ def run(
     """
     wandb: Any = import_module("wandb")
 
-    if direction not in ("minimize", "maximize"):
-        raise ValueError(f"direction: got {direction!r}, expected 'minimize' or 'maximize' for wandb")
+    check_direction(direction, "wandb")
     best: list[BestRun] = []
     known = any(type(c).__name__ == "WandbCallback" for c in trainer.callback_handler.callbacks)
     reporter = None if known else WandbCallback()
@@ -92,7 +91,7 @@ def run(
     return best[0]
 
 
-def run_id() -> str:
+def trial_id(trial: Any) -> str:
     """The id of the run in this process."""
     wandb: Any = import_module("wandb")
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainkit.trainer.devices import plugin_of
+from trainkit.trainer.foreign import is_instance
 from trainkit.trainer.outputs import PredictionOutput
 from trainkit.trainer.seq2seq_arguments import Seq2SeqTrainingArguments
 from trainkit.trainer.trainer import Trainer
@@ -290,13 +292,13 @@ def padding_token(processing_class: Any, model: Any) -> int:
 
 def shards_parameters(accelerator: Any) -> bool:
     """Whether DeepSpeed keeps the parameters in pieces (ZeRO 3), so that all processes have to generate in step."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    plugin = plugin_of(accelerator, "deepspeed_plugin")
     return plugin is not None and plugin.zero_stage == 3
 
 
 def whole_parameters(model: nn.Module) -> AbstractContextManager[Any]:
     """A scope in which a model under FSDP has its parameters whole."""
-    if type(model).__name__ != "FullyShardedDataParallel":
+    if not is_instance(model, "torch.distributed.fsdp", "FullyShardedDataParallel"):
         return contextlib.nullcontext()
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -100,6 +100,8 @@ class RankBatchSampler(BatchSampler):
     Source: accelerate.data_loader.BatchSamplerShard, which Trainer 4.57 shards with.
     """
 
+    sampler: Any
+
     def __init__(
         self,
         sampler: Any,
@@ -114,7 +116,7 @@ class RankBatchSampler(BatchSampler):
         self.even_batches = even_batches and num_processes > 1
 
     def __len__(self) -> int:
-        rows, whole = len(self.sampler), self.batch_size * self.num_processes  # type: ignore[arg-type]
+        rows, whole = len(self.sampler), self.batch_size * self.num_processes
         if self.drop_last:
             return rows // whole
         mine = rows if self.even_batches else rows - self.process_index * self.batch_size

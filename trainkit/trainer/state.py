@@ -6,7 +6,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -107,26 +108,9 @@ class TrainerControl(ExportableState):
     should_evaluate: bool = False
     should_log: bool = False
 
-    def _new_training(self) -> None:
-        self.should_training_stop = False
-
-    def _new_epoch(self) -> None:
-        self.should_epoch_stop = False
-
-    def _new_step(self) -> None:
-        self.should_save = False
-        self.should_evaluate = False
-        self.should_log = False
-
     def state(self) -> dict[str, Any]:
         """The flags as constructor arguments."""
-        flags = (
-            "should_training_stop",
-            "should_epoch_stop",
-            "should_save",
-            "should_evaluate",
-            "should_log",
-        )
+        flags = [flag.name for flag in fields(TrainerControl)]
         return {"args": {name: getattr(self, name) for name in flags}, "attributes": {}}
 
 
@@ -364,17 +348,26 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
         path: the file, replaced if it exists.
         text: written as UTF-8.
     """
+    with replacement(path) as beside, beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name of a file to write, which takes the place of another one in one piece; after an error nothing changes.
+
+    Args:
+        path: the file that is replaced if it exists.
+    """
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
         os.replace(beside, target)
-    except BaseException:
+    finally:
         beside.unlink(missing_ok=True)
-        raise
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -432,10 +425,18 @@ def _check_types(found: Mapping[str, Any], what: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy and torch, which ``json`` does not know."""
-    tolist = getattr(value, "tolist", None)
-    if tolist is None:
+    """Numbers and arrays of NumPy and torch, which ``json`` does not know.
+
+    Raises: TypeError for anything else.
+    """
+    if not hasattr(value, "tolist"):
         raise TypeError(
             f"the state holds a {type(value).__name__}, expected JSON: dict, list, str, int, float, bool, None"
         )
-    return tolist()
+    return as_python(value)
+
+
+def as_python(value: Any) -> Any:
+    """A number or an array of NumPy or torch as a number of Python or a list of them; anything else as it is."""
+    tolist = getattr(value, "tolist", None)
+    return value if tolist is None else tolist()

@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trainkit.trainer.tracker_names import is_set
 from trainkit.trainer.tracker_services import (
     SUMMARY,
     Moment,
     Service,
     as_dict,
-    is_set,
     numbers,
     rewrite_logs,
     save_model,

@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trainkit.trainer.tracker_names import is_set
 from trainkit.trainer.tracker_services import (
     SUMMARY,
     Moment,
     Service,
-    is_set,
     numbers,
     rewrite_logs,
     run_config,

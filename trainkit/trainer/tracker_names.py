@@ -27,7 +27,7 @@ def installed_trackers() -> list[str]:
 
     Source: transformers 4.57: ``get_available_reporting_integrations``.
     """
-    mlflow = _found("mlflow") and not _flag("DISABLE_MLFLOW_INTEGRATION")
+    mlflow = _found("mlflow") and not is_set("DISABLE_MLFLOW_INTEGRATION")
     comet = _found("comet_ml") and os.environ.get("COMET_MODE", "").upper() != "DISABLED"
     there = {
         "azure_ml": not mlflow and _found("azureml") and _found("azureml.core"),
@@ -37,7 +37,7 @@ def installed_trackers() -> list[str]:
         "mlflow": mlflow,
         "neptune": _found("neptune"),
         "tensorboard": _found("tensorboard") or _found("tensorboardX"),
-        "wandb": _found("wandb") and not _flag("WANDB_DISABLED"),
+        "wandb": _found("wandb") and not is_set("WANDB_DISABLED"),
         "codecarbon": torch.version.hip is None and _found("codecarbon"),
         "clearml": _found("clearml"),
         "swanlab": _found("swanlab"),
@@ -70,5 +70,6 @@ def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+def is_set(name: str, default: str = "FALSE") -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(name, default).upper() in ("1", "ON", "YES", "TRUE")

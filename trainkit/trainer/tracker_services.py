@@ -6,7 +6,6 @@ services and transformers name.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,11 +97,6 @@ def numbers(logs: Mapping[str, Any], service: str) -> dict[str, float]:
     if others:
         warnings.warn(f"logs: {service} takes numbers only, so these are left out: {others}", UserWarning, stacklevel=2)
     return found
-
-
-def is_set(name: str, default: str = "FALSE") -> bool:
-    """Whether an environment variable says yes."""
-    return os.environ.get(name, default).upper() in ("1", "ON", "YES", "TRUE")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ from trainkit.trainer.events import TrainerCallback
 from trainkit.trainer.state import TrainerControl, TrainerState
 from trainkit.trainer.tracker_names import tracker_list
 from trainkit.trainer.tracker_services import Moment, Service, nothing, run_config
-from trainkit.trainer.tracker_services import rewrite_logs as rewrite_logs
 
 
 class TrackerCallback(TrainerCallback):
@@ -118,13 +118,9 @@ class TrackerCallback(TrainerCallback):
 
 
 def _number(value: Any) -> Any:
-    """A number of NumPy or torch as one of Python; anything else as it is."""
-    return value.item() if getattr(value, "size", None) == 1 or _has_one_element(value) else value
-
-
-def _has_one_element(value: Any) -> bool:
-    numel = getattr(value, "numel", None)
-    return callable(numel) and numel() == 1
+    """A number, or an array of one number, of NumPy or torch as one of Python; anything else as it is."""
+    one = math.prod(getattr(value, "shape", (0,))) == 1
+    return value.item() if one and hasattr(value, "item") else value
 
 
 class TensorBoardCallback(TrackerCallback):

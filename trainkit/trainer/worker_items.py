@@ -17,20 +17,6 @@ from trainkit.trainer.reading import BatchReader, Rows
 from trainkit.trainer.sharding import stream_parts
 
 
-class _Reads:
-    """A reader of batches, in the place of a source of rows."""
-
-    def __init__(self, reader: BatchReader) -> None:
-        self._reader = reader
-
-    @property
-    def num_rows(self) -> int:
-        return self._reader.num_rows
-
-    def fetch(self, indices: Sequence[int]) -> Any:
-        return self._reader.read(indices)
-
-
 @dataclass(frozen=True)
 class _Makes(Maker):
     """Takes what was read for the batch: collating is done, and a batch need have no tensors."""
@@ -90,7 +76,8 @@ def map_batches(
 
     Raises: the error of a worker, with the place of the batch in its text.
     """
-    items = MapItems(_Reads(reader), _Makes(len, seed, rank, 1, by_epoch=by_epoch))
+    # `len` is never called: what the reader gives is collated.
+    items = MapItems(reader, _Makes(len, seed, rank, 1, by_epoch=by_epoch))
     for item in in_processes(items, _tasks(epochs), workers=workers, prefetch=prefetch):
         if isinstance(item, Failed):
             raise item.error from item.cause

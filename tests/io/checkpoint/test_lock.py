@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from trainkit import TrainState
-from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, Lock, Saver, checkpoints, save, verify
+from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, Lock, Saver, checkpoints, files, save, verify
+from trainkit.io.checkpoint.lock import alone
 
 # Python 3.12 warns of every fork in a process that has threads, and torch has some.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -160,3 +162,52 @@ def test_a_file_system_without_locks_is_said_and_does(
     for step in (1, 2):
         with pytest.warns(CheckpointWarning, match="has no locks"):
             verify(save(tmp_path, make_state(step)))
+
+
+def test_the_lock_is_given_back_when_no_thread_is_changing_the_folder(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    with ThreadPoolExecutor(1) as other, files.opened(tmp_path) as fd:
+        with alone(fd, tmp_path) as lock:
+            closing = other.submit(saver.close)
+            assert not wait([closing], timeout=0.2).done and lock.is_open
+        closing.result(timeout=20)
+    assert not lock.is_open
+    Lock(tmp_path).release()
+
+
+def test_a_child_may_leave_the_scope_of_a_lock_that_a_thread_of_its_parent_uses(tmp_path: Path) -> None:
+    with Lock(tmp_path) as lock, ThreadPoolExecutor(1) as other:
+        other.submit(lock.mutex.acquire).result()
+        with forked(lock.release) as child:
+            done = 0
+            until = time.monotonic() + 20
+            while not done and time.monotonic() < until:
+                done, status = os.waitpid(child, os.WNOHANG)
+                time.sleep(0.005)
+            assert (done, status) == (child, 0)
+        other.submit(lock.mutex.release).result()
+
+
+def test_of_savers_that_are_opened_at_once_there_is_one_and_it_has_the_lock(tmp_path: Path) -> None:
+    def opened(folder: Path) -> Saver | None:
+        barrier.wait()
+        try:
+            return Saver(folder)
+        except CheckpointError as error:
+            refused.append(str(error))
+            return None
+
+    refused: list[str] = []
+    barrier, before = threading.Barrier(8), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for i in range(100):
+                (saver,) = filter(None, pool.map(opened, [tmp_path / str(i)] * 8))
+                with pytest.raises(CheckpointError, match=f"process {os.getpid()} "):
+                    Lock(tmp_path / str(i))
+                saver.close()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(refused) == 700
+    assert all("this process has a Saver for it already" in text for text in refused)

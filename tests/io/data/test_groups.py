@@ -112,9 +112,7 @@ def test_batches_are_those_that_are_read_one_by_one(
         batches = found.epochs(2)
         for i, batch in enumerate(expected):
             if i == start:
-                state = found.state_dict()
-                batches = found.epochs(2)
-                found.load_state_dict(state)
+                found.load_state_dict(found.state_dict())
                 batches = found.epochs(2)
             one = next(batches)
             for (path, leaf), (other_path, other) in zip(
@@ -138,6 +136,13 @@ def test_the_first_batch_is_read_alone_and_groups_have_bounds() -> None:
     for _ in Loader(wide, batch_size=10):
         pass
     assert max(wide.read) == 20
+
+
+def test_large_rows_are_stacked_in_smaller_groups() -> None:
+    rows = [{"x": torch.zeros(GROUP_BYTES // 4 // 25), "y": i} for i in range(200)]
+    memory = [batch["x"].untyped_storage().nbytes() for batch in Loader(rows, batch_size=10, shuffle=False)]
+    # A batch of 10 is two fifths of what may be in one memory.
+    assert max(memory) == 20 * rows[0]["x"].nbytes
 
 
 def test_long_texts_are_read_in_smaller_groups() -> None:
@@ -184,6 +189,12 @@ def test_batches_of_equal_rows_may_differ_from_each_other() -> None:
     data = datasets.Dataset.from_dict({"x": [[i] * n for i, n in enumerate(lengths)]})
     shapes = [tuple(batch["x"].shape) for batch in Loader(data, batch_size=5, shuffle=False)]
     assert shapes == [(5, 1 + i // 2) for i in range(12)]
+
+
+def test_rows_whose_keys_look_alike_are_told_apart() -> None:
+    rows = [{1: i} if i < 5 else {"1": i} for i in range(10)]
+    batches = Loader(rows, batch_size=1, shuffle=False, uniform=False)
+    assert [list(batch) for batch in batches] == [[1]] * 5 + [["1"]] * 5
 
 
 def test_rows_of_different_lengths_are_padded_batch_by_batch() -> None:

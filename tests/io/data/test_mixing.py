@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from trainkit.io.data.errors import BatchError
 from trainkit.io.data.loader import Loader
@@ -155,6 +155,19 @@ def test_a_mixture_in_a_mixture_keeps_its_weights(rows: int | None) -> None:
 def test_a_mixture_in_a_mixture_has_the_lengths_of_its_rows() -> None:
     within = mix([{"ids": [[1], [2, 2]]}, {"ids": [[3, 3, 3]]}])
     assert mix([{"ids": [[0, 0]]}, within]).lengths("ids").tolist() == [2, 1, 2, 3]
+
+
+def test_an_error_in_a_mixture_in_a_mixture_names_both_sources() -> None:
+    class Broken(Dataset[int]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> int:
+            raise OSError("unplugged")
+
+    within = mix({"list": [0], "disk": Broken()})
+    with pytest.raises(OSError, match=r"unplugged \(rows \[.*\] of source 'disk'\) \(rows \[.*\] of source 'within'\)"):
+        list(Loader(mix({"within": within, "other": [1]}), batch_size=6))
 
 
 def test_a_mixture_in_a_mixture_with_a_stream_keeps_its_weights() -> None:

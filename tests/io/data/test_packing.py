@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.tiny import transformers_config
 from trainkit.io.data.loader import Loader
 from trainkit.io.data.packing import PackedStream, best_fit, block_causal_mask, cu_seqlens, pack_documents
 from trainkit.io.data.ragged import as_ragged
@@ -138,15 +139,8 @@ def test_attention_by_borders_equals_attention_by_mask() -> None:
 def llama() -> nn.Module:
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=51,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation="sdpa",
-    )
+    sizes = {"vocab_size": 51, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    config = transformers_config("LlamaConfig", **sizes, attn_implementation="sdpa")
     return transformers.LlamaForCausalLM(config).double().eval()
 
 

@@ -148,26 +148,16 @@ def flatten_state(state: TrainState) -> Leaves:
         >>> sorted(leaves.model), [name for name in leaves.training if "weight" in name]
         (['bias', 'weight'], ['opt_state/momentum_buffer/weight'])
     """
-    leaves = unchecked_leaves(state)
-    check_leaves(leaves)
-    return leaves
-
-
-def unchecked_leaves(state: TrainState) -> Leaves:
-    """What :func:`flatten_state` gives, whether it can be stored or not."""
     params, buffers = dict(_flat(state.params, "params")), dict(_flat(state.buffers, "buffers"))
     both = sorted(params.keys() & buffers.keys())
     if both:
         raise ValueError(f"state: {both[0]!r} is the name of a parameter and of a buffer")
     training = {"step": state.step, "key": state.key}
     training |= flatten_tree(state.opt_state, "opt_state/") | flatten_tree(state.extra, "extra/")
-    return Leaves(params | buffers, training, tuple(params))
-
-
-def check_leaves(leaves: Leaves) -> None:
-    """Refuse what cannot be stored, as :func:`flatten_state` says."""
-    for name, tensor in (*leaves.model.items(), *leaves.training.items()):
+    model = params | buffers
+    for name, tensor in (*model.items(), *training.items()):
         _check_leaf(name, tensor)
+    return Leaves(model, training, tuple(params))
 
 
 def _flat(part: Any, field: str) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from trainkit.io.checkpoint.format import Leaves, flatten_state
-from trainkit.io.checkpoint.tensors import PIECE, Slot, layout, memory_of
+from trainkit.io.checkpoint.tensors import PIECE, Slot, extent, layout, memory_of
 from trainkit.state import TrainState
 
 _LARGE = 2**17
@@ -114,7 +114,7 @@ class HostMemory:
         memory, views = {}, []
         with _ordinary_tensors():
             for file, own in by_file.items():
-                flat = self._sized(file, _size(self.slots[file]), any(t.is_cuda for t in own.values()))
+                flat = self._sized(file, extent(self.slots[file]), any(t.is_cuda for t in own.values()))
                 at = {slot.name: slot for slot in self.slots[file]}
                 views += [_view(flat, at[name]) for name in own]
                 memory[file] = memory_of(flat)
@@ -157,10 +157,6 @@ def _visit(node: Any, tensors: list[Tensor], structure: list[Any]) -> None:
             _visit(child, tensors, structure)
         else:
             tensors.append(child)
-
-
-def _size(slots: list[Slot]) -> int:
-    return slots[-1].end if slots else 0
 
 
 def _view(flat: Tensor, slot: Slot) -> Tensor:

@@ -159,7 +159,7 @@ def verify(path: str | Path) -> Manifest:
         manifest = listing.read_manifest(folder, path)
         _training_json(folder, manifest, path)
         for file in manifest.tensors:
-            _read_tensors(folder, file, manifest, path, lambda reader, slots: reader.skim(_size(slots)))
+            _read_tensors(folder, file, manifest, path, lambda reader, slots: reader.skim(tensors.extent(slots)))
     return manifest
 
 
@@ -195,10 +195,6 @@ def _load_tensors(
 
     _read_tensors(folder, file, manifest, path, read)
     return found
-
-
-def _size(slots: list[tensors.Slot]) -> int:
-    return slots[-1].end if slots else 0
 
 
 def _read_tensors(

@@ -104,7 +104,14 @@ class Lock:
         return self._fd is not None
 
     def release(self) -> None:
-        """Give the lock back. Doing it twice does nothing."""
+        """Give the lock back, once no other thread is changing the folder. Doing it twice does nothing."""
+        if not self.is_open:
+            # In a process that was forked off, nobody would let go of the mutex.
+            return
+        with self.mutex:
+            self._give_back()
+
+    def _give_back(self) -> None:
         try:
             if self._fd is not None:
                 os.ftruncate(self._fd, 0)
@@ -168,16 +175,21 @@ def alone(folder: int, path: Path) -> Iterator[Lock]:
                 return
 
 
-def lasting(folder: int, path: Path) -> tuple[Lock, bool]:
-    """A lock on an open folder that stays until it is released, and whether it was made for the caller."""
+def for_saver(folder: int, path: Path) -> tuple[Lock, bool]:
+    """A lock on an open folder that is the saver's from now on, and whether it was made for it.
+
+    Raises: CheckpointError if this process has a saver for the folder already.
+    """
     while True:
         with _making:
             found = held(folder)
-            if found is None:
-                return Lock(path), True
-            if not found.is_brief:
-                return found, False
-        with found.mutex:
+            own = Lock(path) if found is None else found
+            if own.has_saver:
+                raise CheckpointError(f"{path}: this process has a Saver for it already; close that one first")
+            if not own.is_brief:
+                own.has_saver = True
+                return own, found is None
+        with own.mutex:
             # The one who writes by it is done.
             continue
 

@@ -89,14 +89,13 @@ class Saver:
         with files.writing(self.folder), ExitStack() as stack:
             files.make_folder(self.folder)
             fd = stack.enter_context(files.opened(self.folder))
-            owner, is_own = lock.lasting(fd, self.folder)
+            owner, is_own = lock.for_saver(fd, self.folder)
             if is_own:
+                # Who has found it meanwhile still sees that it is a saver's.
                 stack.callback(owner.release)
-            if owner.has_saver:
-                raise CheckpointError(f"{self.folder}: this process has a Saver for it already; close that one first")
-            owner.has_saver = True
-            stack.callback(setattr, owner, "has_saver", False)
-            stack.callback(setattr, owner, "run_id", None)
+            else:
+                stack.callback(setattr, owner, "has_saver", False)
+                stack.callback(setattr, owner, "run_id", None)
             with owner.mutex:
                 problems = commit.remove_leftovers(fd, self.folder)
                 self.run_id, others = self._run(fd, known, overwrite)

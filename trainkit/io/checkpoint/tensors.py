@@ -117,10 +117,15 @@ def layout(tensors: Mapping[str, Tensor]) -> list[Slot]:
     ]
 
 
+def extent(slots: list[Slot]) -> int:
+    """Bytes that the tensors of a file take."""
+    return slots[-1].end if slots else 0
+
+
 def header(slots: Iterable[Slot]) -> bytes:
     """The beginning of a file: the length of the header as 8 bytes, least significant first, and the header in JSON.
 
-    Raises: DamageError if there are more tensors than :func:`read_header` takes: some 50,000.
+    Raises: DamageError if there are more tensors than :func:`read_header` takes: some 40,000.
 
     Source: the format section of the safetensors documentation.
     """
@@ -258,7 +263,6 @@ class Reader:
 
         Raises: DamageError if the file ends before.
         """
-        self._wait()
         # One is filled while the other is digested.
         pieces = [memoryview(bytearray(min(PIECE, count))) for _ in range(2)]
         for i, start in enumerate(range(0, count, PIECE)):

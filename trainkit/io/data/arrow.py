@@ -75,12 +75,9 @@ class ArrowRows:
         if self._dataset._indices is not None:
             self._selected = NumberColumn(self._dataset._indices.column(0))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A dataset in a file travels to another process by name; views of its memory would be copies.
-        return {"dataset": self._dataset}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["dataset"])  # type: ignore[misc]
+        return ArrowRows, (self._dataset,)
 
 
 def table_columns(table: pa.Table) -> dict[str, Any]:

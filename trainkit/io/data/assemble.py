@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from trainkit import rng
 from trainkit.io.data.batching import Batching, Windows, rank_part
-from trainkit.io.data.errors import BatchError, RowError, explained, numbers
+from trainkit.io.data.errors import BatchError, RowError, cause_of, explained, numbers
 from trainkit.io.data.position import Limit, Position
 from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source
@@ -128,9 +128,9 @@ def described(start: Position) -> str:
 
 def failure(error: BaseException, where: str, rows: Sequence[int]) -> Failed:
     """An error that says in which batch it happened, at which dataset indices, and at which of them if it is known."""
-    cause, at = error, ""
-    if isinstance(error, RowError) and error.__cause__ is not None:
-        cause, at = error.__cause__, f", dataset index {error.row}"
+    cause, at = cause_of(error), ""
+    if isinstance(error, RowError):
+        at = f", dataset index {error.row}"
     elif isinstance(error, BatchError) and error.position is not None and error.position < len(rows):
         at = f", dataset index {rows[error.position]}"
     return Failed(explained(cause, f"{where}{at}; dataset indices {numbers(rows)}"), cause)
@@ -235,9 +235,8 @@ def _window_of(rows: Iterator[Any], size: int, num_read: int) -> list[Any]:
 
 def _unread(error: Exception, at: Position) -> Failed:
     """An error while the rows of a window were read or cut: none of its batches can be made."""
-    cause, row = error, ""
-    if isinstance(error, RowError) and isinstance(error.__cause__, Exception):
-        cause, row = error.__cause__, f"dataset index {error.row}, "
+    cause = cause_of(error)
+    row = f"dataset index {error.row}, " if isinstance(error, RowError) else ""
     where = f"{row}in window {at.window} of epoch {at.epoch}, from row {at.num_read} on; before {described(at)}"
     return Failed(explained(cause, where), cause)
 

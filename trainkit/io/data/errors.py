@@ -49,6 +49,18 @@ class RowError(Exception):
         self.row = row
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What to tell of an error: of a :class:`RowError` the error that it stands for.
+
+    Example:
+        >>> error = RowError(7)
+        >>> error.__cause__ = ValueError("bad pixel")
+        >>> cause_of(error)
+        ValueError('bad pixel')
+    """
+    return error.__cause__ or error if isinstance(error, RowError) else error
+
+
 def explained(error: BaseException, where: str) -> BaseException:
     """An error of the same type that also says where it happened.
 

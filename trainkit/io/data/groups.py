@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trainkit.io.data.assemble import Item, Loaded, Maker, Task, described, load
-from trainkit.io.data.errors import BatchError
 from trainkit.io.data.ragged import Ragged
 from trainkit.io.data.sources import Source
 from trainkit.io.data.stacking import stack
@@ -42,8 +41,10 @@ def in_groups(source: Source, maker: Maker, tasks: Iterator[Task]) -> Generator[
         if values is None:
             yield from (load(source, maker, task) for task in group)
             continue
-        yield from _batches(values, maker, group)
-        number = max(1, min(2 * number, GROUP_BATCHES, GROUP_BYTES * len(group) // max(_nbytes(values), 1)))
+        whole = _stacked(values) if maker.collate is stack else None
+        yield from _batches(values, whole, maker, group)
+        size = _nbytes(values if whole is None else whole)
+        number = max(1, min(2 * number, GROUP_BATCHES, GROUP_BYTES * len(group) // max(size, 1)))
 
 
 def _read(source: Source, group: list[Task]) -> Any:
@@ -56,8 +57,8 @@ def _read(source: Source, group: list[Task]) -> Any:
         return None
 
 
-def _batches(values: Any, maker: Maker, group: list[Task]) -> Iterator[Item]:
-    whole = _stacked(values) if maker.collate is stack else None
+def _batches(values: Any, whole: Any, maker: Maker, group: list[Task]) -> Iterator[Item]:
+    """The batches of a group: parts of all its rows as one batch, or collated one by one where they are none."""
     start = 0
     for task in group:
         stop = start + len(task.rows)
@@ -74,7 +75,8 @@ def _stacked(values: Any) -> Any:
     """All rows of a group as one batch; None if they are none, though those of one batch may be."""
     try:
         whole = stack(values)
-    except BatchError:
+    except Exception:
+        # Those of the batches are told with their places.
         return None
     return whole if pytree.tree_leaves(whole) else None
 

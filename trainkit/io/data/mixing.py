@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainkit import rng
 from trainkit.io.data.batching import Order
-from trainkit.io.data.errors import BatchError, RowError, explained
+from trainkit.io.data.errors import BatchError, cause_of, explained, numbers
 from trainkit.io.data.order import order_of
 from trainkit.io.data.ragged import Ragged, offsets_of
 from trainkit.io.data.seeding import READING, seeded
@@ -157,12 +157,12 @@ class Mixture:
         return {"sources": about, "counts": self._deal.counts, "mix": self._deal.seed, "epoch_rows": self._epoch_rows}
 
     def _part(self, i: int, rows: Tensor) -> Any:
-        first = int(self._ends[i - 1]) if i else 0
+        own = (rows - (int(self._ends[i - 1]) if i else 0)).tolist()
         try:
-            return self._sources[i].fetch((rows - first).tolist())
+            return self._sources[i].fetch(own)
         except Exception as error:
-            own = (rows - first).tolist()
-            raise explained(error.__cause__ or error, f"rows {own} of source {self._names[i]!r}") from error
+            cause = cause_of(error)
+            raise explained(cause, f"rows {numbers(own)} of source {self._names[i]!r}") from cause
 
 
 class MixedOrder:
@@ -279,7 +279,7 @@ def _stream_of(data: Any, seed: int, shuffle: bool) -> Stream:
 
 
 def _described(source: Any) -> dict[str, Any]:
-    about: dict[str, Any] = source.describe() if hasattr(source, "describe") else {}
+    about: dict[str, Any] = getattr(source, "describe", dict)()
     return about
 
 
@@ -313,7 +313,7 @@ class _Reading:
                 self._num_read += 1
                 return row
         except Exception as error:
-            cause = error.__cause__ if isinstance(error, RowError) and error.__cause__ is not None else error
+            cause = cause_of(error)
             at = f"row {self._num_read} of epoch {self._epoch} of source {self._name!r}"
             raise explained(cause, at) from cause
         if not self._num_read:

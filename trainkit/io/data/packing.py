@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainkit import rng
 from trainkit.io.data.collate import IGNORED
-from trainkit.io.data.errors import BatchError, RowError, explained
+from trainkit.io.data.errors import BatchError, RowError, cause_of, explained
 from trainkit.io.data.ragged import Ragged, as_columns, as_ragged
 from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source, as_source
@@ -381,7 +381,7 @@ class _Documents:
         try:
             return rows.fetch(numbers)
         except RowError as error:
-            cause = error.__cause__ or error
+            cause = cause_of(error)
             raise explained(cause, f"document {error.row}") from cause
 
     def _tokens(self, rows: Any) -> Ragged:
