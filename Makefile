@@ -10,11 +10,20 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
+PARITY ?= .venv-parity
 # More options for a target's program: make train ARGS="--steps 200 --data my_texts"
 ARGS ?=
 BENCHMARKS ?= $(filter-out benchmarks.__init__,$(subst /,.,$(basename $(shell grep -l '^if __name__ ==' benchmarks/*.py))))
 
-.PHONY: help train test test-all crash-test bench lint types docs clean
+# $(call install,environment,constraints)
+define install
+@echo "Installing into $(1); the first time this downloads torch and takes some minutes."
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install --disable-pip-version-check --no-input -c $(2) -e '.[test]' \
+	| grep --line-buffered -E '^ *(Downloading|Installing|Building|Successfully)'
+endef
+
+.PHONY: help train test test-all parity crash-test bench lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +36,9 @@ test: $(READY) ## the test suite, doctests included: minutes
 
 test-all: $(READY) ## the slow tests as well
 	$(RUN) pytest -q -m 'not gpu' $(ARGS)
+
+parity: $(PARITY)/.ready ## the Trainer beside that of transformers 4.57.1, in an environment of its own
+	$(PARITY)/bin/python -m pytest -q tests/trainer/test_parity.py $(ARGS)
 
 crash-test: $(READY) ## kill runs at random moments and file calls, resume them, compare bit for bit; ARGS="--kills 1000 --killops 1000 --seed 0"
 	$(RUN) tests.faults.crash $(ARGS)
@@ -45,12 +57,13 @@ docs: $(READY) ## examples in docstrings, Python blocks and links in Markdown
 	$(RUN) pytest -q tests/docs trainkit recipes
 
 clean: ## remove what was installed and cached; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
-	@echo "Installing into $(VENV); the first time this downloads torch and takes some minutes."
-	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[test]' \
-		| grep --line-buffered -E '^ *(Downloading|Installing|Building|Successfully)'
+	$(call install,$(VENV),constraints.txt)
+	@touch $@
+
+$(PARITY)/.ready: pyproject.toml constraints-parity.txt
+	$(call install,$(PARITY),constraints-parity.txt)
 	@touch $@

@@ -1,7 +1,7 @@
 """``python -m benchmarks.trainer --json FILE``: the Trainer beside a loop written by hand and the trainers installed.
 
 - ``mlp``: seconds per update of a tiny MLP with its data loading, and ``gpt``: of a GPT of 10 million parameters. Each
-  way is one run, in a thread of its own, that stops after so many updates until it is its turn again; so set-up and
+  way is one run, in a process of its own, that stops after so many updates until it is its turn again; so set-up and
   compilation happen once, before the first turn ends, and that turn is left out. A turn of the MLP is one pass over
   its rows, the change of epochs included.
 - ``evaluation``: 100,000 rows of 1,000 classes with a ``compute_metrics`` that is given everything, in fresh processes
@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks.report import environment, in_turns, published, ratio, seconds
-from benchmarks.trainer_ways import WAYS, Paused, Work, available, make_rows, missing, versions
+from benchmarks.trainer_ways import WAYS, Paused, Work, available, make_rows, missing, train_in_turns, versions
 
 MLP = {"size": "mlp", "rows": 3200, "batch_size": 32, "updates": 100, "rounds": 40, "ways": tuple(WAYS)}
 GPT = {"size": "gpt-10m", "rows": 360, "batch_size": 12, "updates": 3, "rounds": 25, "ways": ("by hand", "trainkit")}
+SETTINGS: dict[str, Mapping[str, Any]] = {"mlp": MLP, "gpt": GPT}
 """``updates`` per turn."""
 ROWS, FEATURES, CLASSES, EVAL_BATCH = 100_000, 16, 1000, 250
 EVALUATING = ("transformers", "trainkit", "trainkit, merged")
@@ -44,19 +45,24 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 """The initial value, held: else glibc keeps freed arrays for a while, and the figure is not what the program holds."""
 
 
-def of_updates(setting: Mapping[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def of_updates(part: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds per update of the ways in turns, and the loss over all rows that each ended with."""
+    command = [sys.executable, "-m", "benchmarks.trainer", "--parts", part, "--rounds", str(rounds), "--train"]
+    runs = {name: Paused([*command, name]) for name in available() if name in SETTINGS[part]["ways"]}
+    try:
+        times = in_turns(runs, rounds)
+        return times, {name: run.finish() for name, run in runs.items()}
+    finally:
+        for run in runs.values():
+            run.close()
+
+
+def train_here(way: str, part: str, rounds: int) -> None:
+    """In a process of its own: the run of one way, in turns with others."""
+    setting = SETTINGS[part]
     rows = make_rows(setting["size"], setting["rows"])
     work = Work(setting["size"], rows, setting["batch_size"], setting["updates"] * (rounds + 1))
-    ways = {name: way for name, way in available().items() if name in setting["ways"]}
-    runs = {name: Paused(way, work, setting["updates"]) for name, way in ways.items()}
-    times = in_turns(runs, rounds)
-    whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    losses = {}
-    for name, run in runs.items():
-        with torch.no_grad():
-            losses[name] = float(run.finish().eval()(**whole)["loss"])
-    return times, losses
+    train_in_turns(available()[way], work, setting["updates"])
 
 
 class Classifier(nn.Module):
@@ -193,9 +199,10 @@ def show_evaluation(found: Mapping[str, Mapping[str, list[float]]]) -> dict[str,
     return {"evaluation": medians, "evaluation_ratio": ratios}
 
 
-def updates_part(part: str, setting: Mapping[str, Any], rounds: int | None) -> dict[str, Any]:
+def updates_part(part: str, rounds: int | None) -> dict[str, Any]:
+    setting = SETTINGS[part]
     count = int(setting["rounds"]) if rounds is None else rounds
-    times, losses = of_updates(setting, count)
+    times, losses = of_updates(part, count)
     peer, *others = times
     shown = {key: value for key, value in setting.items() if key != "ways"}
     report = published(part, times, [(way, peer) for way in others], decimals=3)
@@ -213,8 +220,8 @@ def import_part(rounds: int | None) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[int | None], dict[str, Any]]] = {
-    "mlp": partial(updates_part, "mlp", MLP),
-    "gpt": partial(updates_part, "gpt", GPT),
+    "mlp": partial(updates_part, "mlp"),
+    "gpt": partial(updates_part, "gpt"),
     "evaluation": evaluation_part,
     "import": import_part,
 }
@@ -225,8 +232,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file that the results are written to")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="what is measured")
     parser.add_argument("--rounds", type=int, help="turns of each way, in the place of each part's own number")
+    parser.add_argument("--train", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", choices=EVALUATING, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.train:
+        train_here(arguments.train, arguments.parts[0], arguments.rounds)
+        return
     if arguments.evaluate:
         evaluate_here(arguments.evaluate)
         return

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -242,63 +243,69 @@ def _is_there(package: str) -> bool:
 
 
 class Paused:
-    """A training in a thread of its own, which goes on for so many updates at each call.
+    """A training in a process of its own, which goes on for so many updates at each call.
 
-    So several trainings take turns in one process, and each is set up, and compiled, once.
+    So several trainings take turns, each is set up and compiled once, and none shares its threads with another: torch's
+    workers of one process wait for each other less patiently, the more of them there are.
+
+    Args:
+        command: runs a process that calls :func:`train_in_turns`.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> float:
+        """Seconds per update, over the updates of this call; the first also counts the set-up."""
+        return self._next()
+
+    def finish(self) -> float:
+        """Let the training end, after the last call: the loss of the trained model."""
+        loss = self._next()
+        self._process.wait()
+        return loss
+
+    def close(self) -> None:
+        """End the process, if it has not ended."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _next(self) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                return float(line.removeprefix(_ANSWER))
+        raise RuntimeError(f"{' '.join(self._process.args)}: it ended early")  # type: ignore[arg-type]
+
+
+_ANSWER = "answer: "
+
+
+def train_in_turns(way: Way, work: Work, updates: int) -> None:
+    """The other side of :class:`Paused`: train, and after so many updates print their time and wait for a line.
 
     Args:
         way: trains.
         work: what.
-        updates: per call; divides those of the work.
+        updates: per turn; divides those of the work.
     """
+    done, begun = 0, time.perf_counter()
+    sys.stdin.readline()
 
-    def __init__(self, way: Way, work: Work, updates: int) -> None:
-        self._way, self._work, self._updates = way, work, updates
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._done = itertools.count(1)
-        self._begun = self._took = 0.0
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self.model: nn.Module | None = None
-        """The trained model, once the work is done."""
+    def tick() -> None:
+        nonlocal done, begun
+        done += 1
+        if done % updates == 0:
+            print(f"{_ANSWER}{(time.perf_counter() - begun) / updates}", flush=True)
+            sys.stdin.readline()
+            begun = time.perf_counter()
 
-    def __call__(self) -> float:
-        """Seconds per update, over the updates of this call; the first also counts the set-up."""
-        if not self._thread.is_alive():
-            self._begun = time.perf_counter()
-            self._thread.start()
-        else:
-            self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
-        if self.model is not None:
-            raise RuntimeError(f"{self._way.__name__}: fewer updates than {self._work.updates}")
-        return self._took / self._updates
-
-    def finish(self) -> nn.Module:
-        """Let the training end, after the last call."""
-        self._go.release()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self.model is not None
-        return self.model
-
-    def _run(self) -> None:
-        try:
-            self.model = self._way(self._work, self._tick)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._stopped.release()
-
-    def _tick(self) -> None:
-        done = next(self._done)
-        if done > self._work.updates:
-            raise RuntimeError(f"{self._way.__name__}: more updates than {self._work.updates}")
-        if done % self._updates == 0:
-            self._took = time.perf_counter() - self._begun
-            self._stopped.release()
-            self._go.acquire()
-            self._begun = time.perf_counter()
+    model = way(work, tick)
+    if done != work.updates:
+        raise RuntimeError(f"{way.__name__}: made {done} updates, expected {work.updates}")
+    whole = {name: torch.stack([row[name] for row in work.rows]) for name in work.rows[0]}
+    with torch.no_grad():
+        print(f"{_ANSWER}{float(model.eval()(**whole)['loss'])}", flush=True)

@@ -49,6 +49,40 @@ def test_like_returns_the_tree_itself_where_nothing_changed() -> None:
         tree.like(one, [a])
 
 
+class TestLeaves:
+    """The list is remembered with its tree, and with it what was found out about the tensors."""
+
+    def test_are_one_list_for_as_long_as_the_tree_has_these_tensors(self) -> None:
+        made = tree.frozen({"a": torch.zeros(2), "b": torch.ones(3, dtype=torch.float64)})
+        known = tree.leaves(made)
+        assert tree.leaves(made) is known
+        assert [kind[1] for kind in tree.kinds(known)] == [torch.float32, torch.float64]
+        assert tree.are_contiguous(known)
+        with made.unlock_():
+            made["b"] = torch.ones(3, 2).T
+        assert [t.shape for t in tree.leaves(made)] == [(2,), (2, 3)]
+        assert [kind[1] for kind in tree.kinds(tree.leaves(made))] == [torch.float32]
+        assert not tree.are_contiguous(tree.leaves(made))
+
+    def test_of_a_mapping(self) -> None:
+        tensors = {"a": torch.zeros(2)}
+        assert tree.leaves(tensors) == list(tensors.values())  # type: ignore[arg-type]
+
+    def test_pass_through_pytrees_and_transforms(self) -> None:
+        made = tree.frozen({"a": torch.ones(2)})
+        known = tree.leaves(made)
+        assert torch.utils._pytree.tree_leaves((known, 1)) == [known[0], 1]
+        (grad,) = torch.func.grad(lambda tensors: tensors[0].square().sum())(known)
+        assert torch.equal(grad, torch.full((2,), 2.0))
+
+    def test_do_not_outlive_the_tree(self) -> None:
+        made = tree.frozen({"a": torch.zeros(2)})
+        tensor = weakref.ref(tree.leaves(made)[0])
+        del made
+        gc.collect()
+        assert tensor() is None
+
+
 def test_map_pairs_by_name_and_not_by_position() -> None:
     one, other = make(a=1.0, b=2.0), make(b=20.0, a=10.0)
     assert [t.tolist() for t in tree.leaves(tree.map_tensors(torch.add, one, other))] == [[11.0] * 2, [22.0] * 2]

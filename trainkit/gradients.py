@@ -14,14 +14,20 @@ from torch.utils import _pytree as pytree
 from trainkit import rng, tree
 from trainkit.parts import part
 from trainkit.state import TrainState, attached_params, seed_of
-from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput
+from trainkit.types import Batch, GradientFn, Gradients, LossFn, LossOutput, Params
 
 LossScale = Callable[[TrainState], Tensor]
 """Reads the current loss scale (0-d tensor) out of the state."""
 
 
 def value_and_grad(
-    loss: LossFn, *, rank: int = 0, unused: str = "error", scale: LossScale | None = None, mean: bool = False
+    loss: LossFn,
+    *,
+    rank: int = 0,
+    unused: str = "error",
+    scale: LossScale | None = None,
+    mean: bool = False,
+    attach: Callable[[TrainState], Params] = attached_params,
 ) -> GradientFn:
     """The gradient of ``loss_sum`` with respect to ``state.params``, by ``torch.autograd.grad``.
 
@@ -38,6 +44,8 @@ def value_and_grad(
         mean: start the backward pass from ``1 / weight``, so that the gradient is that of the mean and needs no pass
             of its own for the division. For batches that are not added to others. A loss in less than float32 is
             not divided so, since that would round the weight.
+        attach: gives the leaves of the autograd graph, under the names of ``state.params``; what the loss is handed.
+            By default the state's tensors; for a loss that calls a live module, the module's own parameters.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -58,19 +66,18 @@ def value_and_grad(
     check_unused(unused)
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
-        attached = attached_params(state)
-        named = tree.named(attached)
-        names, inputs = list(named), list(named.values())
+        attached = attach(state)
+        inputs = tree.leaves(attached)
         with draws_of(state, rank), torch.enable_grad():
             out = checked(part("loss", loss)(attached, state.buffers, batch))
             _check_attached(out.loss_sum)
             weight = weight_of(out)
-            upscale, factor = multipliers(state, out.loss_sum, weight, scale, mean)
+            upscale, factor = multipliers(state, out.loss_sum, weight, scale, mean, given=out.weight)
             top = out.loss_sum if upscale is None else out.loss_sum * upscale
             found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
-        grads = _filled(names, inputs, found, unused)
+        grads = _filled(attached, found, unused)
         if upscale is not None:
-            grads = {name: (g / upscale).to(g.dtype) for name, g in grads.items()}
+            grads = tree.map_tensors(lambda g: (g / upscale).to(g.dtype), grads)
         return finished(state, out, weight, grads, factor)
 
     return gradients
@@ -117,7 +124,7 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
         finally:
             for p, (data, grad) in zip(inputs, before, strict=True):
                 p.data, p.grad = data, grad
-        return finished(state, out, weight_of(out), _filled(names, inputs, found, unused))
+        return finished(state, out, weight_of(out), _filled(state.params, found, unused))
 
     return gradients
 
@@ -213,14 +220,13 @@ def checked(out: Any) -> LossOutput:
 
 
 def finished(
-    state: TrainState, out: LossOutput, weight: Tensor, grads: dict[str, Tensor], factor: Tensor | None = None
+    state: TrainState, out: LossOutput, weight: Tensor, grads: Params, factor: Tensor | None = None
 ) -> Gradients:
     """Put a loss output and its gradients together, detached; the gradients are released to whoever gets them."""
     buffers = state.buffers if out.buffers is None else out.buffers
-    made = tree.frozen(grads)
-    tree.release(made)
+    tree.release(grads)
     return Gradients(
-        made,
+        grads,
         out.loss_sum.detach(),
         weight,
         _detached(dict(out.metrics)),
@@ -260,16 +266,28 @@ def inverse(weight: Tensor) -> Tensor:
 
 
 def multipliers(
-    state: TrainState, loss_sum: Tensor, weight: Tensor, scale: LossScale | None, mean: bool
+    state: TrainState,
+    loss_sum: Tensor,
+    weight: Tensor,
+    scale: LossScale | None,
+    mean: bool,
+    *,
+    given: Tensor | float | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the backward pass starts from in the place of 1, as ``value_and_grad`` says for ``scale`` and ``mean``.
+
+    ``given`` is the weight as the loss gave it: a small whole number has the same inverse on the host, three
+    kernels less.
 
     Returns: (what the gradients are divided by afterwards, what they stay multiplied with); at most one is not None.
     """
     if scale is not None:
         return mean_scale(scale(state), weight), None
-    precise = loss_sum.dtype in (torch.float32, torch.float64)
-    return None, inverse(weight.to(loss_sum.dtype)) if mean and precise else None
+    if not mean or loss_sum.dtype not in (torch.float32, torch.float64):
+        return None, None
+    if isinstance(given, (int, float)) and 0 < given < 2**24 and given == int(given):
+        return None, torch.full_like(loss_sum, 1 / given)
+    return None, inverse(weight.to(loss_sum.dtype))
 
 
 def mean_scale(scale: Tensor, weight: Tensor) -> Tensor:
@@ -289,20 +307,24 @@ def _check_attached(loss_sum: Tensor) -> None:
         )
 
 
-def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> dict[str, Tensor]:
+def _filled(attached: Params, found: Any, unused: str) -> Params:
+    """The tree of what autograd found for the tensors of a tree, by their names."""
+    names, inputs = list(tree.named(attached)), tree.leaves(attached)
     if (
         not torch.compiler.is_compiling()
         and set(map(type, found)) == {Tensor}
         and all(map(Tensor.is_contiguous, found))
     ):
-        return dict(zip(names, found, strict=True))
+        # Autograd gives every tensor a gradient in its own dtype, on its own device.
+        kinds = {(Tensor, dtype, device) for _, dtype, device in tree.kinds(inputs)}
+        return tree.noted(tree.frozen(dict(zip(names, found, strict=True))), kinds)
     missing = [name for name, g in zip(names, found, strict=True) if g is None]
     if missing and unused == "error":
         raise unreached(missing)
     rows = zip(names, inputs, found, strict=True)
     if unused == "omit":
-        return {name: _dense(g) for name, _, g in rows if g is not None}
-    return {name: torch.zeros_like(p) if g is None else _dense(g) for name, p, g in rows}
+        return tree.frozen({name: _dense(g) for name, _, g in rows if g is not None})
+    return tree.frozen({name: torch.zeros_like(p) if g is None else _dense(g) for name, p, g in rows})
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict
@@ -40,7 +40,7 @@ class _Scope:
         self.copies: dict[int, weakref.ref[Tensor]] = {} if outer is None else {**outer.copies}
 
     def own(self, tensors: list[Tensor]) -> bool:
-        ids = frozenset(map(id, tensors))
+        ids = _ids(tensors)
         if ids <= self.given.keys() or any(ids <= released.ids() for released in self.released):
             return True
         return all(map(self.owns, tensors))
@@ -73,9 +73,13 @@ class _Released:
             return _NOTHING
         if self._ids is None:
             tensors = leaves(tree)
-            self._ids = frozenset(map(id, tensors)) if are_apart(tensors) else _NOTHING
+            self._ids = _ids(tensors) if are_apart(tensors) else _NOTHING
         return self._ids
 
+
+Kind: TypeAlias = "tuple[type[Tensor], torch.dtype, torch.device]"
+"""What kernels for several tensors want to be the same."""
+kind: Callable[[Tensor], Kind] = operator.attrgetter("__class__", "dtype", "device")
 
 _NOTHING: frozenset[int] = frozenset()
 _scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
@@ -106,9 +110,78 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
     return TensorDict(entries, batch_size=_NO_BATCH, lock=True)
 
 
+class Leaves(list[Tensor]):
+    """The tensors of a flat tree, with what was found out about them. Nobody changes the list."""
+
+    __slots__ = ("contiguous", "ids", "kinds")
+
+    ids: frozenset[int] | None
+    kinds: Collection[Kind] | None
+    contiguous: bool | None
+
+
+pytree.register_pytree_node(Leaves, lambda known: (list(known), None), lambda tensors, _: list(tensors))
+
+
 def leaves(tree: TensorDict) -> list[Tensor]:
-    """The tensors of a flat tree, in the order of its names."""
-    return list(named(tree).values())
+    """The tensors of a flat tree (or mapping), in the order of its names; outside of graphs the same list at every call.
+
+    So :func:`kinds` and :func:`are_contiguous` look at the tensors of a state once, and not in every step.
+    """
+    tensors = named(tree).values()
+    memory = None if torch.compiler.is_compiling() or under_vmap() else getattr(tree, "__dict__", None)
+    if memory is None:
+        return list(tensors)
+    kept: Leaves | None = memory.get(_LEAVES)
+    if kept is None or len(kept) != len(tensors) or not all(map(operator.is_, kept, tensors)):
+        kept = memory[_LEAVES] = Leaves(tensors)
+        kept.ids = kept.kinds = kept.contiguous = None
+    return kept
+
+
+_LEAVES = "_trainkit_leaves"
+
+
+def kinds(tensors: Sequence[Tensor]) -> Collection[Kind]:
+    """The different kinds of some tensors: class, dtype and device.
+
+    Example:
+        >>> [(dtype, str(device)) for _, dtype, device in kinds([torch.zeros(2), torch.ones(1)])]
+        [(torch.float32, 'cpu')]
+    """
+    found = tensors.kinds if type(tensors) is Leaves else None
+    if found is None:
+        found = dict.fromkeys(map(kind, tensors))
+        if type(tensors) is Leaves:
+            tensors.kinds = found
+    return found
+
+
+def _ids(tensors: Sequence[Tensor]) -> frozenset[int]:
+    found = tensors.ids if type(tensors) is Leaves else None
+    if found is None:
+        found = frozenset(map(id, tensors))
+        if type(tensors) is Leaves:
+            tensors.ids = found
+    return found
+
+
+def noted(tree: TensorDict, kinds: Collection[Kind]) -> TensorDict:
+    """A flat tree of contiguous tensors of known kinds, which nobody needs to look at."""
+    known = leaves(tree)
+    if type(known) is Leaves:
+        known.kinds, known.contiguous = kinds, True
+    return tree
+
+
+def are_contiguous(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are contiguous."""
+    found = tensors.contiguous if type(tensors) is Leaves else None
+    if found is None:
+        found = all(map(Tensor.is_contiguous, tensors))
+        if type(tensors) is Leaves:
+            tensors.contiguous = found
+    return found
 
 
 def named(tree: TensorDict) -> dict[str, Tensor]:
@@ -160,7 +233,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    tensors = list(tensors)
+    tensors = tensors if isinstance(tensors, list) else list(tensors)
     if not tensors:
         return torch.zeros(())
     norms = _norms(tensors) if has_foreach() else [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in tensors]
@@ -168,14 +241,11 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:
-    kinds = dict.fromkeys(map(_KIND, tensors))
-    if len(kinds) == 1:
+    found = kinds(tensors)
+    if len(found) == 1:
         return torch._foreach_norm(tensors, 2.0, dtype=_wide(tensors[0].dtype))
-    groups = [[t for t in tensors if _KIND(t) == kind] for kind in kinds]
+    groups = [[t for t in tensors if kind(t) == one] for one in found]
     return [norm.to(tensors[0].device) for group in groups for norm in _norms(group)]
-
-
-_KIND = operator.attrgetter("device", "dtype")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:

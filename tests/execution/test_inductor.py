@@ -98,3 +98,17 @@ def test_tracing_puts_the_settings_back(raised: bool) -> None:
 def test_guards_are_kept_on_all_that_may_change(name: str, kept: bool) -> None:
     guard = SimpleNamespace(orig_guard=SimpleNamespace(name=name))
     assert inductor._needed_guards([guard]) == [kept]
+
+
+def test_a_number_in_the_batch_is_no_reason_to_leave_the_wrapper() -> None:
+    # The compiler asks for another trace of such a graph, which is no failure of its own.
+    def loss(params: Any, buffers: Any, batch: tuple[Tensor, float]) -> LossOutput:
+        return LossOutput((params["weight"] * batch[0]).sum() * batch[1], batch[0].shape[0])
+
+    tx = sgd(0.1)
+    state = init_state(nn.Linear(2, 1, bias=False), tx)
+    step = compile_step(make_train_step(loss, tx), strategy="whole", donate=False)
+    for number in (0.5, 0.25, 0.125):
+        after, _ = step(state, (torch.ones(4, 2), number))
+        torch.testing.assert_close(after.params["weight"], state.params["weight"] - 0.1 * number)
+    assert step.explain().fallbacks == ()

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import RestartAnalysis, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
@@ -138,6 +138,10 @@ class Compiler:
             return _compile_fx(graph, inputs, self._options)
         try:
             return _compile_fx(graph, inputs, self._options)
+        except RestartAnalysis:
+            # No failure: the compiler asks Dynamo for another graph, with some numbers as constants.
+            self.compilations -= 1
+            raise
         except Exception as error:
             # The C++ wrapper knows fewer operators than the Python one, which drives the same kernels.
             compiled = _compile_fx(graph, inputs, {**self._options, "cpp_wrapper": False})

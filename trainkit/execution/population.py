@@ -155,7 +155,7 @@ def member_value_and_grad(
         if upscale is not None:
             grads = [(g / upscale).to(g.dtype) for g in grads]
         out = LossOutput(loss_sum, weight, metrics, tree.like(state.buffers, buffers))
-        return finished(state, out, weight, dict(zip(names, grads, strict=True)), factor)
+        return finished(state, out, weight, tree.like(state.params, grads), factor)
 
     return gradients
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import is_
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainkit import tree
+from trainkit.optim.fused_object import FusedSteps
 from trainkit.optim.transform import REPORT, Transform, optimizer
 from trainkit.types import OptState, Params
 
@@ -23,8 +23,9 @@ def live(optimizer_object: Optimizer, named: Mapping[str, nn.Parameter]) -> Tran
     tensors *are* the parameters. A transformation of a class instead, without that price, is
     :func:`trainkit.optim.from_torch`.
 
-    One call hands the gradients to the parameters, calls ``step()`` once, and takes them away again. Parameters that
-    got no gradient are left out. It runs outside of graphs: compile with ``strategy="split"``, or use "eager".
+    One call hands the gradients to the parameters, calls ``step()`` once, and takes them away again; for a fused Adam
+    or AdamW without hooks it calls their kernel, as ``step()`` does. Parameters that got no gradient are left out. It
+    runs outside of graphs: compile with ``strategy="split"``, or use "eager".
 
     Args:
         optimizer_object: of which each call is one ``step()``, without closure.
@@ -70,7 +71,8 @@ def live(optimizer_object: Optimizer, named: Mapping[str, nn.Parameter]) -> Tran
     beside_graphs = torch.compiler.disable(own.step, reason=reason)  # type: ignore[no-untyped-call]
 
     def apply(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
-        beside_graphs(grads, opt_state[REPORT]["learning_rate"], params)
+        step = beside_graphs if torch.compiler.is_compiling() else own.step
+        step(grads, opt_state[REPORT]["learning_rate"], params)
         return params, opt_state
 
     return optimizer(init, apply)
@@ -83,20 +85,25 @@ class _Own:
         self.object = optimizer_object
         self.parameters = parameters
         self.checked: list[torch.Tensor] = []
+        self.fused = FusedSteps(optimizer_object, parameters)
 
     def step(self, grads: Params, reported: torch.Tensor, params: Params) -> None:
         tensors = tree.leaves(params)
-        if not tree.is_donated([*tensors, reported]):
+        if not (tree.is_donated(tensors) and tree.is_donated([reported])):
             raise tree.NotDonatedError(
                 f"state: live({type(self.object).__name__}) writes over the parameters, and this call is outside a "
                 "donation scope. Use a step that donates, compile_step(step, donate=True); in a chain, the last place"
             )
-        if len(tensors) != len(self.checked) or not all(map(is_, tensors, self.checked)):
+        if tensors is not self.checked:
             self.check(params)
-        found = tree.named(grads)
-        parameters = [self.parameters[name] for name in found]
+        if not self.fused.step(grads):
+            self._step_of_object(tree.named(grads))
+        reported.fill_(self.object.param_groups[0]["lr"])
+
+    def _step_of_object(self, grads: dict[str, torch.Tensor]) -> None:
+        parameters = [self.parameters[name] for name in grads]
         # Copies of those that share memory or belong to others: an optimizer may write into its gradients.
-        own = tree.writable(list(found.values()))
+        own = tree.writable(list(grads.values()))
         try:
             for p, g in zip(parameters, own, strict=True):
                 p.grad = g
@@ -105,7 +112,6 @@ class _Own:
         finally:
             for p in parameters:
                 p.grad = None
-        reported.fill_(self.object.param_groups[0]["lr"])
 
     def check(self, params: Params) -> None:
         """Refuse a state whose tensors are not the parameters themselves."""

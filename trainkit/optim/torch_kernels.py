@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -102,7 +101,7 @@ def in_order(grads: Params, params: Params) -> list[Tensor]:
     Raises: KeyError for a name without gradient.
     """
     found, names = tree.named(grads), list(tree.named(params))
-    return list(found.values()) if list(found) == names else [found[name] for name in names]
+    return tree.leaves(grads) if list(found) == names else [found[name] for name in names]
 
 
 def fitted(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
@@ -114,7 +113,7 @@ def fitted(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     pairs = zip(grads, params, strict=True)
     if torch.compiler.is_compiling():
         return [g.to(p.dtype) for g, p in pairs]
-    if list(map(_DTYPE, grads)) == list(map(_DTYPE, params)) and _all_contiguous(grads, params):
+    if _have_one_dtype(grads, params) and tree.are_contiguous(grads) and tree.are_contiguous(params):
         return grads
     return [g if g.dtype == p.dtype and g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
 
@@ -182,14 +181,14 @@ def fused(
     """
     if torch.compiler.is_compiling():
         return False
-    kinds = dict.fromkeys(map(_KIND, params))
-    if not all(dtype.is_floating_point and _has_kernel(op, of, device.type) for of, dtype, device in kinds) or not (
-        _all_contiguous(params, *columns) or _alike_without_gaps(params, columns)
+    kinds = tree.kinds(params)
+    if not all(dtype.is_floating_point and has_kernel(op, of, device.type) for of, dtype, device in kinds) or not (
+        all(map(tree.are_contiguous, (params, *columns))) or _alike_without_gaps(params, columns)
     ):
         return False
     for kind in kinds:
         _, _, device = kind
-        chosen = [i for i, p in enumerate(params) if len(kinds) == 1 or _KIND(p) == kind]
+        chosen = [i for i, p in enumerate(params) if len(kinds) == 1 or tree.kind(p) == kind]
         whole = len(chosen) == len(params)
         lists = [column if whole or not column else [column[i] for i in chosen] for column in (params, *columns)]
         counters = [] if step is None else [[step.to(device, torch.float32)] * len(chosen)]
@@ -198,11 +197,8 @@ def fused(
     return True
 
 
-_KIND, _DTYPE = attrgetter("__class__", "dtype", "device"), attrgetter("dtype")
-
-
-def _all_contiguous(*columns: Sequence[Tensor]) -> bool:
-    return all(all(map(Tensor.is_contiguous, column)) for column in columns)
+def _have_one_dtype(*columns: Sequence[Tensor]) -> bool:
+    return len({dtype for column in columns for _, dtype, _ in tree.kinds(column)}) == 1
 
 
 def _alike_without_gaps(params: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool:
@@ -313,7 +309,8 @@ def _is_capturable(device_type: str) -> bool:
 
 
 @cache
-def _has_kernel(op: Any, tensor_type: type, device_type: str) -> bool:
+def has_kernel(op: Any, tensor_type: type, device_type: str) -> bool:
+    """Whether torch has one of its fused kernels for tensors of a type on a kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     # Sharded tensors (DTensor) have rules for Adam only.
     known = is_plain(tensor_type) or op in _FUSED_WHEN_SHARDED

@@ -183,7 +183,10 @@ def reports(opt_state: OptState) -> dict[str, Tensor]:
 
 
 def _entries(opt_state: Any, path: str) -> Any:
-    for name, child in opt_state.items():
+    entries = dict(opt_state.items())
+    if set(map(type, entries.values())) == {Tensor}:
+        return
+    for name, child in entries.items():
         # A tensor called "report" is the memory of a parameter of that name.
         if isinstance(child, Tensor) or not isinstance(child, TensorDict):
             continue

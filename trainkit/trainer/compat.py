@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from trainkit.trainer import ROOM_OF
+from trainkit.trainer.rooms import ROOM_OF
 
 MODULES = (
     "transformers",

@@ -11,6 +11,8 @@ from torch import nn
 
 _counts: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 """Parameters outside of embeddings, per model: counting them walks the module tree twice."""
+_silent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models without an estimate: a module takes long to find that it lacks an attribute."""
 
 
 def floating_point_ops(model: Any, inputs: Mapping[str, Any]) -> int:
@@ -32,8 +34,13 @@ def floating_point_ops(model: Any, inputs: Mapping[str, Any]) -> int:
 
     Source: Trainer 4.57: ``floating_point_ops``.
     """
+    is_module = isinstance(model, nn.Module)
+    if is_module and model in _silent:
+        return 0
     method = getattr(model, "floating_point_ops", None)
     if method is None:
+        if is_module:
+            _silent.add(model)
         return 0
     owner = getattr(method, "__self__", None)
     if owner is None or getattr(method, "__func__", None) is not _common_estimate():

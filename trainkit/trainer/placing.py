@@ -29,6 +29,8 @@ def moved(
 
     Source: Trainer 4.57: _prepare_input.
     """
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=non_blocking)
     placed = functools.partial(Tensor.to, device=device, non_blocking=non_blocking)
     return _mapped(placed, data, lambda other: other.to(device), inner)
 
@@ -71,8 +73,10 @@ def _mapped(
     if isinstance(data, Tensor):
         return fn(data)
     kind: Any = type(data)
-    is_tree = isinstance(data, Mapping) and not foreign.is_instance(data, "tensordict", "TensorDictBase")
-    if hasattr(data, "to") and not is_tree:
+    is_tree = kind is dict or (
+        isinstance(data, Mapping) and not foreign.is_instance(data, "tensordict", "TensorDictBase")
+    )
+    if not is_tree and hasattr(data, "to"):
         return data if place is None else place(data)
     if is_tree:
         return kind({key: each(value) for key, value in data.items()})

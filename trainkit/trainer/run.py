@@ -58,6 +58,8 @@ class Run(Companions):
         self.neftune_noise_alpha: Any = self.args.neftune_noise_alpha
         self.neftune_hook_handle: Any = None
         self.current_flos = 0
+        # Asked for once: accelerate's answer takes as long as a layer.
+        self._device = self.args.device
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self._train_batch_size = self.args.train_batch_size
         self._created_lr_scheduler = False

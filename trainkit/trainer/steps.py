@@ -5,6 +5,8 @@ Both leave the same numbers. The first is used wherever nothing is overridden th
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
-from trainkit import rng
+from trainkit import rng, tree
 from trainkit.accumulate import accumulate
 from trainkit.functional import functional
 from trainkit.gradients import value_and_grad
 from trainkit.optim import chain, clip_by_global_norm
 from trainkit.optim.live import live
 from trainkit.optim.object_rule import has_object_rule, object_rule, part_counters, write_rates
-from trainkit.state import init_state
+from trainkit.state import host_step, init_state
 from trainkit.step import apply_updates
 from trainkit.types import Buffers, LossFn, LossOutput, Metrics, Params
 
@@ -44,7 +47,16 @@ class Microbatch:
     share: float
 
 
-torch.utils._pytree.register_dataclass(Microbatch)
+# The share is one number for all groups of a size, so that it is no input of a graph.
+pytree.register_pytree_node(
+    Microbatch,
+    lambda one: ([one.inputs, one.items], one.share),
+    lambda parts, share: Microbatch(*parts, share),
+    flatten_with_keys_fn=lambda one: (
+        [(pytree.GetAttrKey("inputs"), one.inputs), (pytree.GetAttrKey("items"), one.items)],
+        one.share,
+    ),
+)
 
 
 def whole_group_loss(module: nn.Module, compute_loss: ComputeLoss) -> LossFn:
@@ -61,6 +73,15 @@ def whole_group_loss(module: nn.Module, compute_loss: ComputeLoss) -> LossFn:
     def loss(params: Params, buffers: Buffers, batch: Microbatch) -> LossOutput:
         value, new_buffers = model(params, buffers, batch.inputs, batch.items)
         return LossOutput(_scalar(value), batch.share, buffers=new_buffers)
+
+    return loss
+
+
+def live_group_loss(compute_loss: ComputeLoss) -> LossFn:
+    """The same for states whose tensors are the module's own: nothing is exchanged, and the module is written into."""
+
+    def loss(params: Params, buffers: Buffers, batch: Microbatch) -> LossOutput:
+        return LossOutput(_scalar(compute_loss(batch.inputs, batch.items)), batch.share)
 
     return loss
 
@@ -92,12 +113,16 @@ def _scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
 class LiveRun:
     """A module and its torch optimizer, trained by one call of a StepFn per group of microbatches, in their own memory.
 
     step = apply_updates(accumulate(value_and_grad(loss)), chain(clip_by_global_norm, update)), by ``compile_step``. The
     update is the object's own ``step()`` (:func:`~trainkit.optim.live`); compiled, its rule over its memory where there
-    is one (:func:`~trainkit.optim.object_rule`), so that the whole step is one graph.
+    is one (:func:`~trainkit.optim.object_rule`), so that the whole step is one graph. Parameters that somebody
+    freezes or unfreezes are so from the next update on.
 
     Args:
         module: the model.
@@ -120,27 +145,42 @@ class LiveRun:
         seed: int,
         step: int,
     ) -> None:
+        self._module, self._compute_loss, self._optimizer = module, compute_loss, optimizer
+        self._max_grad_norm, self._compiled, self._seed = max_grad_norm, compiled, seed
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        """A step for the parameters that are trained now."""
         # Inductor comes with it, whose import takes as long as all the rest of the Trainer.
         from trainkit.execution import compile_step
 
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._optimizer, self._has_rule = optimizer, compiled and has_object_rule(optimizer)
-        self._clips = bool(max_grad_norm)
-        update = object_rule(optimizer, named) if self._has_rule else live(optimizer, named)
-        if max_grad_norm:
-            update = chain(clip_by_global_norm(max_grad_norm), update)
-        loss = whole_group_loss(module, compute_loss)
-        strategy: Any = "eager" if not compiled else "whole" if self._has_rule else "split"
-        one = apply_updates(value_and_grad(loss, unused="omit", mean=True), update)
-        several = apply_updates(accumulate(value_and_grad(loss, unused="omit")), update)
+        named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        self._parameters = list(self._module.parameters())
+        self._trained = list(map(_REQUIRES_GRAD, self._parameters))
+        self._has_rule = self._compiled and has_object_rule(self._optimizer)
+        update = object_rule(self._optimizer, named) if self._has_rule else live(self._optimizer, named)
+        if self._max_grad_norm:
+            update = chain(clip_by_global_norm(self._max_grad_norm), update)
+        if self._compiled:
+            gradient: Any = functools.partial(value_and_grad, whole_group_loss(self._module, self._compute_loss))
+            strategy: Any = "whole" if self._has_rule else "split"
+        else:
+            own = tree.frozen(named)
+            gradient = functools.partial(value_and_grad, live_group_loss(self._compute_loss), attach=lambda state: own)
+            strategy = "eager"
+        one = apply_updates(gradient(unused="omit", mean=True), update)
+        several = apply_updates(accumulate(gradient(unused="omit")), update)
         self._one, self._several = compile_step(one, strategy=strategy), compile_step(several, strategy=strategy)
-        state = init_state(module, update, seed=seed, copy=False)
+        state = init_state(self._module, update, seed=self._seed, copy=False)
         self._state = state.replace(step=torch.full_like(state.step, step))
 
     def __call__(self, group: list[Microbatch]) -> Metrics:
         """One update; metrics are ``loss`` and, where gradients are clipped, ``grad_norm``."""
+        if list(map(_REQUIRES_GRAD, self._parameters)) != self._trained:
+            self.close()
+            self._begin(host_step(self._state))
         if self._has_rule:
-            write_rates(self._optimizer, self._state.opt_state["1"] if self._clips else self._state.opt_state)
+            write_rates(self._optimizer, self._state.opt_state["1"] if self._max_grad_norm else self._state.opt_state)
         if len(group) == 1:
             self._state, metrics = self._one(self._state, group[0])
         else:

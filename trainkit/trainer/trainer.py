@@ -789,7 +789,7 @@ class Trainer(Run):
 
     def _prepare_input(self, data: Any) -> Any:
         """A tree of tensors on the device."""
-        return dataloaders.moved(data, self.args.device, inner=self._prepare_input)
+        return dataloaders.moved(data, self._device, inner=self._prepare_input)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A batch on the device. Raises: ValueError for an empty one."""

@@ -41,6 +41,7 @@ class Updates:
     step_metrics: dict[str, Any]
     _step: Any
     _beside: list[nn.Parameter]
+    _device: torch.device
     _own_rows: ragged.OwnRows | None
     _modules: list[nn.Module]
     _loss_takes_count: bool
@@ -151,7 +152,7 @@ class Updates:
         start_epoch: Callable[[int, int], Iterable[Any]],
         report: Callable[[int, Any], None],
     ) -> loop.Hooks:
-        device = self.args.device
+        device = self._device
         return loop.Hooks(
             event=self._fire,
             control=lambda: self.control,
