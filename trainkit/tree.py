@@ -124,7 +124,7 @@ pytree.register_pytree_node(Leaves, lambda known: (list(known), None), lambda te
 
 
 def leaves(tree: TensorDict) -> list[Tensor]:
-    """The tensors of a flat tree (or mapping), in the order of its names; outside of graphs the same list at every call.
+    """The tensors of a flat tree (or mapping), in the order of its names; outside of graphs always the same list.
 
     So :func:`kinds` and :func:`are_contiguous` look at the tensors of a state once, and not in every step.
     """

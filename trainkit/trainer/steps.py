@@ -47,11 +47,16 @@ class Microbatch:
     share: float
 
 
+def _put_together(parts: Any, share: Any) -> Microbatch:
+    inputs, items = parts
+    return Microbatch(inputs, items, share)
+
+
 # The share is one number for all groups of a size, so that it is no input of a graph.
 pytree.register_pytree_node(
     Microbatch,
     lambda one: ([one.inputs, one.items], one.share),
-    lambda parts, share: Microbatch(*parts, share),
+    _put_together,
     flatten_with_keys_fn=lambda one: (
         [(pytree.GetAttrKey("inputs"), one.inputs), (pytree.GetAttrKey("items"), one.items)],
         one.share,
