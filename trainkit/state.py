@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,6 +16,8 @@ from trainkit import rng, tree
 from trainkit.types import Buffers, OptState, Params
 
 if TYPE_CHECKING:
+    from tensordict import TensorDict
+
     from trainkit.optim.transform import Transform
 
 

@@ -12,12 +12,14 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, Token
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 Ownership = dict[int, Tensor]
 """Tensors that may be overwritten, by ``id``."""
@@ -99,6 +101,9 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
         >>> frozen({"a.weight": torch.zeros(2)})["a.weight"]
         tensor([0., 0.])
     """
+    # It imports torch's compiler, which takes half as long as torch; many a program only asks for what there is.
+    from tensordict import TensorDict
+
     if torch.compiler.is_compiling():
         # Inside a graph nobody can hold on to the tree, and locking there only warns.
         return TensorDict({} if mapping is None else mapping, batch_size=[])
@@ -121,6 +126,32 @@ class Leaves(list[Tensor]):
 
 
 pytree.register_pytree_node(Leaves, lambda known: (list(known), None), lambda tensors, _: list(tensors))
+
+
+def is_tree(value: Any) -> bool:
+    """Whether a value is a TensorDict.
+
+    Example:
+        >>> is_tree(frozen()), is_tree({})
+        (True, False)
+    """
+    from tensordict import TensorDict
+
+    return isinstance(value, TensorDict)
+
+
+def is_mapping(value: Any) -> bool:
+    """Whether a value has entries by name: a mapping, or a TensorDict of any kind, which is none.
+
+    Example:
+        >>> is_mapping({}), is_mapping(frozen()), is_mapping([])
+        (True, True, False)
+    """
+    if isinstance(value, Mapping):
+        return True
+    from tensordict import TensorDictBase
+
+    return isinstance(value, TensorDictBase)
 
 
 def leaves(tree: TensorDict) -> list[Tensor]:

@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from tensordict import TensorDict
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tensordict import TensorDict
+
     from trainkit.metrics import Metric
     from trainkit.state import TrainState
 
-Params: TypeAlias = TensorDict
+Params: TypeAlias = "TensorDict"
 """Trainable tensors, keyed by the names of ``module.named_parameters()``."""
-Buffers: TypeAlias = TensorDict
+Buffers: TypeAlias = "TensorDict"
 """What the module needs and no gradient reaches: its buffers and its frozen parameters, by their names."""
-OptState: TypeAlias = TensorDict
+OptState: TypeAlias = "TensorDict"
 """The memory of an optimizer: a nested tree of tensors."""
 Batch: TypeAlias = Any
 """A tree of tensors (mapping, tuple, TensorDict, tensor) whose first axis counts the rows."""

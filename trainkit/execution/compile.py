@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -395,4 +394,4 @@ def _same_trees(a: TrainState, b: TrainState) -> bool:
 
 def _locked(result: Any) -> Any:
     """Trees that come out of a graph, or are put together from leaves, are not locked yet."""
-    return pytree.tree_map_only(TensorDict, tree.frozen, result, is_leaf=lambda x: isinstance(x, TensorDict))
+    return pytree.tree_map(lambda x: tree.frozen(x) if tree.is_tree(x) else x, result, is_leaf=tree.is_tree)

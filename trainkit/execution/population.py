@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -212,7 +211,7 @@ def _state_of(leaves: list[Tensor], structure: Any) -> TrainState:
     """A state from its tensors; its trees are locked again."""
     state: TrainState = pytree.tree_unflatten(leaves, structure)
     trees = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return state.replace(**{k: tree.frozen(t) for k, t in trees.items() if isinstance(t, TensorDict)})
+    return state.replace(**{k: tree.frozen(t) for k, t in trees.items() if not isinstance(t, Tensor)})
 
 
 def _check_stacked(state: TrainState) -> None:

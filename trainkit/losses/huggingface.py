@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from trainkit import tree
 from trainkit.functional import functional
 from trainkit.losses.checks import IGNORED, at_least_float32
 from trainkit.types import Batch, Buffers, LossFn, LossOutput, Params
@@ -84,7 +84,7 @@ def huggingface_loss(module: nn.Module, *, weight: Count | None = None, training
 
 
 def _fields(batch: Batch) -> dict[str, Any]:
-    if not isinstance(batch, (Mapping, TensorDictBase)):
+    if not tree.is_mapping(batch):
         raise TypeError(f"batch: got {type(batch).__name__}, expected a mapping from the model's argument names")
     return dict(batch.items())
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from trainkit import tree
@@ -50,7 +49,7 @@ def pick(batch: Any, select: Select) -> Any:
 
 
 def _by_name(batch: Any, name: str) -> Any:
-    if isinstance(batch, (Mapping, TensorDictBase)):
+    if tree.is_mapping(batch):
         names = list(batch.keys())
         if name not in names:
             raise KeyError(f"batch: no field {name!r} among {', '.join(map(repr, names)) or 'none'}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.optim._adafactor import adafactor as torch_adafactor
 
@@ -25,6 +24,9 @@ from trainkit.optim.torch_kernels import (
 )
 from trainkit.optim.transform import Transform
 from trainkit.types import OptState, Params, Schedule
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 
 def adafactor(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.optim.adagrad import adagrad as torch_adagrad
 
@@ -22,6 +21,9 @@ from trainkit.optim.torch_kernels import (
 )
 from trainkit.optim.transform import Transform
 from trainkit.types import Params, Schedule
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 
 def adagrad(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from trainkit import tree
@@ -14,7 +13,10 @@ from trainkit.optim.torch_kernels import device_of
 from trainkit.optim.transform import REPORT, Transform, UpdateFn, with_entries
 from trainkit.types import OptState, Params
 
-T = TypeVar("T", Tensor, TensorDict)
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+T = TypeVar("T", Tensor, "TensorDict")
 
 
 def skip_nonfinite(tx: Transform) -> Transform:
@@ -104,9 +106,15 @@ def select(condition: Tensor, new: T, old: T) -> T:
         >>> select(torch.tensor(False), torch.ones(1), torch.zeros(1))
         tensor([0.])
     """
-    if isinstance(new, TensorDict):
-        before: Any = old
-        return with_entries(before, {name: select(condition, child, before[name]) for name, child in new.items()})
+    chosen: Any = _selected_tensor if isinstance(new, Tensor) else _selected_tree
+    return cast("T", chosen(condition, new, old))
+
+
+def _selected_tree(condition: Tensor, new: TensorDict, old: Any) -> TensorDict:
+    return with_entries(old, {name: select(condition, child, old[name]) for name, child in dict(new.items()).items()})
+
+
+def _selected_tensor(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
     if new is old:
         return old
     donated = tree.is_donated([old])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.optim.nadam import nadam as torch_nadam
 from torch.optim.optimizer import _get_scalar_dtype
@@ -24,6 +25,9 @@ from trainkit.optim.torch_kernels import (
 )
 from trainkit.optim.transform import Transform
 from trainkit.types import Params, Schedule
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 
 def nadam(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from trainkit import tree
@@ -23,6 +22,9 @@ from trainkit.optim.torch_kernels import (
 )
 from trainkit.optim.transform import Transform
 from trainkit.types import OptState, Params, Schedule
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 _AVERAGING = "averaging"
 
@@ -157,7 +159,7 @@ def _schedule_free_entries(opt_state: Any) -> Any:
         yield opt_state
         return
     for child in opt_state.values():
-        if isinstance(child, TensorDict):
+        if not isinstance(child, Tensor):
             yield from _schedule_free_entries(child)
 
 

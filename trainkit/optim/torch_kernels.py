@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.overrides import TorchFunctionMode
@@ -28,6 +27,9 @@ from torch.utils import _pytree as pytree
 from trainkit import tree
 from trainkit.optim.transform import REPORT, Transform, as_schedule, optimizer
 from trainkit.types import OptState, Params, Schedule
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 Memory = dict[str, list[Tensor]]
 """The per-parameter memory that a kernel overwrites, by the name of the slot."""
@@ -39,7 +41,7 @@ Kernel = Callable[[list[Tensor], list[Tensor], Memory, Tensor, Rate], None]
 ``step`` counts from 1 and includes this update.
 """
 _Outcome = tuple[list[Tensor], Memory]
-Slots = dict[str, Callable[[Params], TensorDict]]
+Slots = dict[str, "Callable[[Params], TensorDict]"]
 """Per-parameter memory by name, each with its first value: a flat tree. It may leave parameters out."""
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from trainkit import tree
@@ -188,7 +187,7 @@ def _entries(opt_state: Any, path: str) -> Any:
         return
     for name, child in entries.items():
         # A tensor called "report" is the memory of a parameter of that name.
-        if isinstance(child, Tensor) or not isinstance(child, TensorDict):
+        if isinstance(child, Tensor):
             continue
         if name == REPORT:
             yield path, child

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.io.data.seeding import seeded
+from trainkit.io.seeding import seeded
 from trainkit.trainer import (
     best,
     build,

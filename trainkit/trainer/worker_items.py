@@ -11,8 +11,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from trainkit import rng
 from trainkit.io.data.assemble import Failed, Item, Loaded, Maker, Task, failure
 from trainkit.io.data.position import Position
-from trainkit.io.data.seeding import seeded
 from trainkit.io.data.workers import MapItems, in_processes
+from trainkit.io.seeding import seeded
 from trainkit.trainer.reading import BatchReader, Rows
 from trainkit.trainer.sharding import stream_parts
 

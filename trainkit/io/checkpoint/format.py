@@ -10,14 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from trainkit.io.checkpoint.tensors import CODES
 from trainkit.state import TrainState
+from trainkit.tree import is_tree
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 MODEL = "model.safetensors"
 TRAINING = "training.safetensors"
@@ -90,7 +93,7 @@ def _fill(found: dict[str, Tensor], node: Any, prefix: str) -> None:
     for key, child in node.items():
         # Most keys are as they should be, and there may be many thousands.
         name = prefix + (join_path([key]) if "/" in key or "~" in key else key)
-        if isinstance(child, TensorDict):
+        if is_tree(child):
             _fill(found, child, f"{name}/")
         else:
             found[name] = child
@@ -107,13 +110,14 @@ def unflatten_tree(like: TensorDict, tensors: Mapping[str, Tensor], prefix: str 
         tensor([0.])
     """
     entries: dict[str, Any] = {}
-    for key, child in dict(like.items()).items():
+    children: dict[str, Any] = dict(like.items())
+    for key, child in children.items():
         path = prefix + join_path([str(key)])
-        if isinstance(child, TensorDict):
+        if is_tree(child):
             entries[key] = unflatten_tree(child, tensors, f"{path}/")
         else:
             entries[key] = tensors[path]
-    return TensorDict(entries, batch_size=like.batch_size, device=like.device, lock=like.is_locked)
+    return type(like)(entries, batch_size=like.batch_size, device=like.device, lock=like.is_locked)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def flatten_state(state: TrainState) -> Leaves:
 
 def _flat(part: Any, field: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in part.items():
-        if isinstance(tensor, TensorDict):
+        if is_tree(tensor):
             raise TypeError(f"state.{field}[{name!r}]: is a tree, expected tensors under the module's names")
         yield name, tensor
 
@@ -209,4 +213,4 @@ def unflatten_state(like: TrainState, model: Mapping[str, Tensor], training: Map
 
 def _renamed(part: TensorDict, tensors: Mapping[str, Tensor]) -> TensorDict:
     entries = {name: tensors[str(name)] for name in dict(part.items())}
-    return TensorDict(entries, batch_size=part.batch_size, device=part.device, lock=part.is_locked)
+    return type(part)(entries, batch_size=part.batch_size, device=part.device, lock=part.is_locked)

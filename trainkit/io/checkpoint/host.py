@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from trainkit.io.checkpoint.format import Leaves, flatten_state
 from trainkit.io.checkpoint.tensors import PIECE, Slot, extent, layout, memory_of
 from trainkit.state import TrainState
+from trainkit.tree import is_tree
 
 _LARGE = 2**17
 """Bytes from which on torch copies a tensor with several threads."""
@@ -147,13 +147,13 @@ def _walked(state: TrainState) -> tuple[list[Tensor], list[Any]]:
 def _visit(node: Any, tensors: list[Tensor], structure: list[Any]) -> None:
     entries = dict(node.items())
     plain = set(map(type, entries.values())) <= _PLAIN
-    is_tree = None if plain else [isinstance(child, TensorDict) for child in entries.values()]
-    structure.append((list(entries), is_tree))
-    if is_tree is None:
+    inner = None if plain else list(map(is_tree, entries.values()))
+    structure.append((list(entries), inner))
+    if inner is None:
         tensors += entries.values()
         return
-    for child, inner in zip(entries.values(), is_tree, strict=True):
-        if inner:
+    for child, is_inner in zip(entries.values(), inner, strict=True):
+        if is_inner:
             _visit(child, tensors, structure)
         else:
             tensors.append(child)

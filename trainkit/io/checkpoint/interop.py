@@ -16,11 +16,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from trainkit import tree
@@ -31,6 +30,9 @@ from trainkit.io.checkpoint.model_files import first_names, flush_all, import_mo
 from trainkit.optim.transform import REPORT, Transform
 from trainkit.state import TrainState, init_state
 from trainkit.types import Params, Schedule
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 OPTIMIZER, SCHEDULER, PROGRESS = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 _MAX_PROGRESS_BYTES = 64 * 2**20

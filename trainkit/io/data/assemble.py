@@ -16,9 +16,9 @@ from trainkit import rng
 from trainkit.io.data.batching import Batching, Windows, rank_part
 from trainkit.io.data.errors import BatchError, RowError, cause_of, explained, numbers
 from trainkit.io.data.position import Limit, Position
-from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source
 from trainkit.io.data.streams import Stream
+from trainkit.io.seeding import READING, seeded
 
 Collate = Callable[..., Any]
 

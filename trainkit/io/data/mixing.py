@@ -15,9 +15,9 @@ from trainkit.io.data.batching import Order
 from trainkit.io.data.errors import BatchError, cause_of, explained, numbers
 from trainkit.io.data.order import order_of
 from trainkit.io.data.ragged import Ragged, offsets_of
-from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source, as_source, lengths_of
 from trainkit.io.data.streams import Stream, as_stream
+from trainkit.io.seeding import READING, seeded
 
 LONGEST_CYCLE = 10_000
 """Shares are exact if they are fractions with a common denominator up to this, and rounded to 1 / 10,000 otherwise."""

@@ -20,9 +20,9 @@ from trainkit import rng
 from trainkit.io.data.collate import IGNORED
 from trainkit.io.data.errors import BatchError, RowError, cause_of, explained
 from trainkit.io.data.ragged import Ragged, as_columns, as_ragged
-from trainkit.io.data.seeding import READING, seeded
 from trainkit.io.data.sources import Source, as_source
 from trainkit.io.data.streams import as_stream
+from trainkit.io.seeding import READING, seeded
 
 Method = Literal["best_fit", "concatenate"]
 Rows = dict[str, Tensor]

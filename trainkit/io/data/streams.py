@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from trainkit import rng
-from trainkit.io.data.seeding import READING, seeded
+from trainkit.io.seeding import READING, seeded
 
 CHUNK_ROWS = 64
 """Rows that are read in one scope of seeds where a stream has no state."""
