@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,16 +50,6 @@ class ArrowRows:
     @property
     def num_rows(self) -> int:
         return len(self._dataset)
-
-    @property
-    def files(self) -> list[Path]:
-        """What the rows are mapped from."""
-        return [Path(file["filename"]) for file in self._dataset.cache_files]
-
-    @property
-    def is_in_order_of_files(self) -> bool:
-        """Whether the rows are those of the files, one after the other."""
-        return self._dataset._indices is None
 
     def fetch(self, indices: Sequence[int]) -> Any:
         if self._as_given:

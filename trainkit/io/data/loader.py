@@ -19,7 +19,6 @@ from trainkit.io.data.assemble import (
     Loaded,
     Maker,
     Note,
-    Task,
     check_budget,
     stream_items,
     tasks,
@@ -30,7 +29,6 @@ from trainkit.io.data.errors import BatchError, DataWarning
 from trainkit.io.data.groups import in_groups
 from trainkit.io.data.order import order_of
 from trainkit.io.data.position import Limit, Position, from_json, to_json
-from trainkit.io.data.read_ahead import ReadAhead
 from trainkit.io.data.sources import Source, as_source, lengths_of
 from trainkit.io.data.stacking import stack
 from trainkit.io.data.streams import Stream, as_stream
@@ -232,7 +230,7 @@ class Loader:
             assert self._source is not None
             todo = tasks(self._windows, self._position, limit, self._maker)
             if not self._workers:
-                return self._read_here(todo)
+                return in_groups(self._source, self._maker, todo)
             items: MapItems | StreamItems = MapItems(self._source, self._maker)
             return in_processes(items, todo, workers=self._workers, prefetch=self._prefetch)
         read = functools.partial(
@@ -241,19 +239,6 @@ class Loader:
         if not self._workers:
             return read()
         return in_processes(StreamItems(read), None, workers=1, prefetch=self._prefetch)
-
-    def _read_here(self, todo: Iterator[Task]) -> Generator[Item, None, None]:
-        """The batches of map-style data, loaded in this process, with their files read ahead by a thread."""
-        source, batching = self._source, self._batching
-        assert source is not None
-        is_plain = not batching.shuffle and not batching.needs_lengths
-        in_order = is_plain and getattr(source, "is_in_order_of_files", False)
-        ahead = ReadAhead(getattr(source, "files", ()), in_order=in_order, num_rows=source.num_rows)
-        if not ahead.is_of_use:
-            yield from in_groups(source, self._maker, todo)
-            return
-        with closing(ahead.following(todo)) as followed:
-            yield from in_groups(source, self._maker, followed)
 
     def _check_form(self, item: Loaded) -> None:
         if not self._uniform:

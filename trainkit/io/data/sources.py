@@ -25,8 +25,6 @@ class Source(Protocol):
 
     A source may say of itself ``is_pure = True``: reading rows runs nobody's code but the source's, draws nothing, and
     gives values of the same form whichever rows are read together. Then the loader reads those of many batches at once.
-    It may also name the ``files`` that its rows are mapped from, and say whether it ``is_in_order_of_files``; they are
-    then read ahead (:class:`~trainkit.io.data.read_ahead.ReadAhead`).
     """
 
     @property
@@ -134,7 +132,7 @@ class TokenFile:
                 [0, 1, 2, 3]])}
     """
 
-    is_pure = is_in_order_of_files = True
+    is_pure = True
 
     def __init__(
         self, path: Path | str, seq_len: int, *, dtype: str | None = None, overlap: int = 1, name: str = "input_ids"
@@ -151,11 +149,6 @@ class TokenFile:
     @property
     def num_rows(self) -> int:
         return self._num_rows
-
-    @property
-    def files(self) -> list[Path]:
-        """What the rows are mapped from."""
-        return [self._path]
 
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         starts = np.asarray(indices, dtype=np.int64) * self._seq_len
