@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 from benchmarks.report import environment, in_turns, published, ratio, seconds
 from benchmarks.trainer_ways import WAYS, Paused, Work, available, make_rows, missing, train_in_turns, versions
 
-MLP = {"size": "mlp", "rows": 3200, "batch_size": 32, "updates": 100, "rounds": 40, "ways": tuple(WAYS)}
+MLP = {"size": "mlp", "rows": 3200, "batch_size": 32, "updates": 100, "rounds": 80, "ways": tuple(WAYS)}
 GPT = {"size": "gpt-10m", "rows": 360, "batch_size": 12, "updates": 3, "rounds": 25, "ways": ("by hand", "trainkit")}
 SETTINGS: dict[str, Mapping[str, Any]] = {"mlp": MLP, "gpt": GPT}
 """``updates`` per turn."""

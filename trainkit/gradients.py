@@ -75,7 +75,7 @@ def value_and_grad(
             upscale, factor = multipliers(state, out.loss_sum, weight, scale, mean, given=out.weight)
             top = out.loss_sum if upscale is None else out.loss_sum * upscale
             found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
-        grads = _filled(attached, found, unused)
+        grads = _filled(list(tree.named(attached)), inputs, found, unused)
         if upscale is not None:
             grads = tree.map_tensors(lambda g: (g / upscale).to(g.dtype), grads)
         return finished(state, out, weight, grads, factor)
@@ -124,7 +124,7 @@ def live_value_and_grad(module: nn.Module, loss: LossFn, *, rank: int = 0, unuse
         finally:
             for p, (data, grad) in zip(inputs, before, strict=True):
                 p.data, p.grad = data, grad
-        return finished(state, out, weight_of(out), _filled(state.params, found, unused))
+        return finished(state, out, weight_of(out), _filled(names, inputs, found, unused))
 
     return gradients
 
@@ -307,9 +307,8 @@ def _check_attached(loss_sum: Tensor) -> None:
         )
 
 
-def _filled(attached: Params, found: Any, unused: str) -> Params:
-    """The tree of what autograd found for the tensors of a tree, by their names."""
-    names, inputs = list(tree.named(attached)), tree.leaves(attached)
+def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> Params:
+    """The tree of what autograd found for some inputs, under their names."""
     if (
         not torch.compiler.is_compiling()
         and set(map(type, found)) == {Tensor}

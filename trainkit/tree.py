@@ -159,7 +159,7 @@ def leaves(tree: TensorDict) -> list[Tensor]:
 
     So :func:`kinds` and :func:`are_contiguous` look at the tensors of a state once, and not in every step.
     """
-    tensors = named(tree).values()
+    tensors: Any = tree.values()
     memory = None if torch.compiler.is_compiling() or under_vmap() else getattr(tree, "__dict__", None)
     if memory is None:
         return list(tensors)
