@@ -235,6 +235,22 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 4}, {"train_dataset": make_rows(14)}],
+    ids=["accumulation", "batch size", "data"],
+)
+def test_another_place_in_the_data_is_told(other: dict[str, Any], tmp_path: Path) -> None:
+    make(tmp_path, {"max_steps": 2}).train()
+    given = {name: other.pop(name) for name in ("train_dataset",) if name in other}
+    trainer = make(tmp_path, {"max_steps": 3, **other}, **given)
+    with pytest.warns(
+        UserWarning, match=r"(?s)after 2 updates it was at epoch 0.5.*goes on there|other settings"
+    ) as told:
+        trainer.train(resume_from_checkpoint=True)
+    assert sum("it was at epoch 0.5, which now is epoch" in str(one.message) for one in told) == 1
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     make(tmp_path, {"max_steps": 1}).train()
     with pytest.raises(CheckpointError, match="another model's"):

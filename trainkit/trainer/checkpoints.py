@@ -28,6 +28,8 @@ from trainkit.trainer.foreign import is_peft_model, is_pretrained_model, unwrapp
 from trainkit.trainer.state import TrainerState
 
 STATE, ARGUMENTS, MANIFEST = "trainer_state.json", "training_args.json", "manifest.json"
+_SAME_PLACE = 1e-6
+"""Epochs that two ways to count may differ by."""
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 WEIGHTS, PICKLED_WEIGHTS, INDEX = "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"
 _FORMAT = {"format": "trainkit.trainer", "version": 1}
@@ -427,6 +429,23 @@ def read_state(folder: str | Path) -> TrainerState:
     if best is not None and not Path(best).exists() and Path(folder).with_name(Path(best).name).exists():
         state.best_model_checkpoint = str(Path(folder).with_name(Path(best).name))
     return state
+
+
+def warn_of_other_place(state: TrainerState, epoch: float) -> None:
+    """One warning if the updates of a checkpoint were another part of the data than they are with the settings of now.
+
+    Args:
+        state: as it was stored, with the epoch that it had reached.
+        epoch: where as many updates lead now, and where the run goes on.
+    """
+    if state.epoch is not None and abs(state.epoch - epoch) > _SAME_PLACE:
+        warnings.warn(
+            f"resume_from_checkpoint: after {state.global_step} updates it was at epoch {state.epoch:.4g}, which now "
+            f"is epoch {epoch:.4g}: with another batch size, accumulation, number of processes or amount of data. The "
+            "run goes on there, so some rows are left out or repeated; give the settings that it was written with",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def warn_of_changes(args: Any, state: TrainerState, batch_size: int) -> None:

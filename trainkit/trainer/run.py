@@ -227,7 +227,7 @@ class Run(Companions):
         return self.model_wrapped
 
     def _resume_state(
-        self, args: TrainingArguments, folder: str | None, per_epoch: int, max_steps: int
+        self, args: TrainingArguments, folder: str | None, per_epoch: int, length: int | None, max_steps: int
     ) -> tuple[int, int]:
         """Take counters and log from a checkpoint, if there is one; where to go on: (epoch, microbatches to skip)."""
         if folder is None:
@@ -241,6 +241,8 @@ class Run(Companions):
         self.state.compute_steps(args, max_steps)
         self.state.train_batch_size = self._train_batch_size
         epoch, skip = run_length.resume_position(self.state.global_step, per_epoch, args.gradient_accumulation_steps)
+        if length:
+            checkpoints.warn_of_other_place(self.state, epoch + skip / length)
         return epoch, 0 if args.ignore_data_skip else skip
 
     def _start_epoch(self, loader: Any, checkpoint: str | None, first: int, epoch: int, skip: int) -> Iterable[Any]:

@@ -445,7 +445,7 @@ class Trainer(Run):
         model = self._prepare_model(loader)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
-        start_epoch, skip = self._resume_state(args, resume_from_checkpoint, per_epoch, max_steps)
+        start_epoch, skip = self._resume_state(args, resume_from_checkpoint, per_epoch, length, max_steps)
         self.state.init_training_references(self, max_steps, num_epochs, trial)
         start = time.time()
         first_step = self.state.global_step
