@@ -143,3 +143,14 @@ def test_a_copy_remembers_nothing_of_the_tensors_it_does_not_have() -> None:
     after, _ = step(again, x)
     assert after.params["weight"].data_ptr() == memory
     assert torch.equal(state.params["weight"], before)
+
+
+def test_the_parameters_that_are_not_frozen_may_be_named() -> None:
+    module = nn.Linear(2, 1)
+    module.weight.requires_grad_(False)
+    state = init_state(module, sgd(0.1), trainable=["weight"])
+    assert (list(state.params.keys()), list(state.buffers.keys())) == (["weight"], ["bias"])
+    with pytest.raises(ValueError, match="trainable: 'w' is no parameter"):
+        init_state(module, sgd(0.1), trainable=["bias", "w"])
+    with pytest.raises(ValueError, match="none of them is trainable"):
+        init_state(module, sgd(0.1), trainable=[])

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,14 @@ class TestLeaves:
         assert torch.utils._pytree.tree_leaves((known, 1)) == [known[0], 1]
         (grad,) = torch.func.grad(lambda tensors: tensors[0].square().sum())(known)
         assert torch.equal(grad, torch.full((2,), 2.0))
+
+    def test_of_a_copy_are_not_those_of_the_original(self) -> None:
+        made = tree.frozen({"a": torch.zeros(2)})
+        assert tree.is_donated(tree.leaves(made)) is False
+        with tree.donate(made):
+            assert tree.is_donated(tree.leaves(made))
+            copied = pickle.loads(pickle.dumps(made))
+            assert not tree.is_donated(tree.leaves(copied))
 
     def test_do_not_outlive_the_tree(self) -> None:
         made = tree.frozen({"a": torch.zeros(2)})

@@ -64,6 +64,7 @@ def value_and_grad(
     Source: ``jax.value_and_grad(has_aux=True)`` for the shape of the result.
     """
     check_unused(unused)
+    differentiate = _derivatives if attach is attached_params else _derivatives_of_live
 
     def gradients(state: TrainState, batch: Batch) -> Gradients:
         attached = attach(state)
@@ -74,7 +75,7 @@ def value_and_grad(
             weight = weight_of(out)
             upscale, factor = multipliers(state, out.loss_sum, weight, scale, mean, given=out.weight)
             top = out.loss_sum if upscale is None else out.loss_sum * upscale
-            found = torch.autograd.grad(top, inputs, factor, allow_unused=True)
+            found = differentiate(top, inputs, factor)
         grads = _filled(list(tree.named(attached)), inputs, found, unused)
         if upscale is not None:
             grads = tree.map_tensors(lambda g: (g / upscale).to(g.dtype), grads)
@@ -305,6 +306,19 @@ def _check_attached(loss_sum: Tensor) -> None:
             "loss: loss_sum does not depend on the parameters. Use the params that the loss is given "
             "(functional(module)(params, buffers, ...)), and no .detach(), .item() or no_grad on the way"
         )
+
+
+def _derivatives(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(top, inputs, factor, allow_unused=True)
+
+
+def _derivatives_of_live(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same for parameters of a module, some of which are frozen, since when ever."""
+    wanted = [t for t in inputs if t.requires_grad]
+    if len(wanted) == len(inputs):
+        return _derivatives(top, inputs, factor)
+    found = iter(_derivatives(top, wanted, factor))
+    return tuple(next(found) if t.requires_grad else None for t in inputs)
 
 
 def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> Params:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trainkit import rng, tree
-from trainkit.types import Buffers, OptState, Params
+from trainkit.types import Buffers, OptState, Params, Tree
 
 if TYPE_CHECKING:
-    from tensordict import TensorDict
-
     from trainkit.optim.transform import Transform
 
 
@@ -49,7 +47,7 @@ class TrainState:
     buffers: Buffers
     opt_state: OptState
     key: Tensor
-    extra: TensorDict
+    extra: Tree
 
     def replace(self, **changes: Any) -> TrainState:
         """A new state with some fields exchanged; the rest is shared."""
@@ -147,7 +145,14 @@ def attached_params(state: TrainState) -> Params:
 _HOOKS = operator.attrgetter("_backward_hooks")
 
 
-def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: bool = True) -> TrainState:
+def init_state(
+    module: nn.Module,
+    optimizer: Transform,
+    *,
+    seed: int = 0,
+    copy: bool = True,
+    trainable: Collection[str] | None = None,
+) -> TrainState:
     """The first state of a run.
 
     Parameters with ``requires_grad=False`` are frozen: they go beside the buffers and no optimizer sees them.
@@ -159,10 +164,11 @@ def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: 
         seed: from which dropout and all other randomness of the run derive.
         copy: False lets the state's tensors *be* the module's, which saves their memory; a compiled step that
             donates then trains the module itself in place.
+        trainable: names of the parameters that are not frozen; None for those with ``requires_grad``.
 
     Returns: a state at step 0.
 
-    Raises: ValueError if the module has no trainable parameter, or one on the meta device.
+    Raises: ValueError if the module has no trainable parameter, lacks one that is named, or has one on the meta device.
 
     Example:
         >>> from trainkit.optim import adamw
@@ -175,16 +181,20 @@ def init_state(module: nn.Module, optimizer: Transform, *, seed: int = 0, copy: 
     meta = [name for name, p in named.items() if p.is_meta]
     if meta:
         raise ValueError(f"module: parameter {meta[0]!r} is on the meta device; materialise it first (to_empty, load)")
-    trainable = {name: p for name, p in named.items() if p.requires_grad}
-    if not trainable:
+    chosen = (
+        {name: None for name, p in named.items() if p.requires_grad} if trainable is None else dict.fromkeys(trainable)
+    )
+    if unknown := [name for name in chosen if name not in named]:
+        raise ValueError(f"trainable: {unknown[0]!r} is no parameter of the module, expected names out of its own")
+    if not chosen:
         raise ValueError(
             f"module: {type(module).__name__} has {len(named)} parameters and none of them is trainable; "
             "expected at least one with requires_grad=True"
         )
-    rest = {name: p for name, p in named.items() if not p.requires_grad} | dict(module.named_buffers())
+    rest = {name: p for name, p in named.items() if name not in chosen} | dict(module.named_buffers())
     take = _copied if copy else _shared
-    params = tree.frozen({name: take(p) for name, p in trainable.items()})
-    device = next(iter(trainable.values())).device
+    params = tree.frozen({name: take(p) for name, p in named.items() if name in chosen})
+    device = next(named[name] for name in chosen).device
     return TrainState(
         step=torch.zeros((), dtype=torch.int64, device=device),
         params=params,

@@ -124,6 +124,10 @@ class Leaves(list[Tensor]):
     kinds: Collection[Kind] | None
     contiguous: bool | None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Of other tensors nothing is known.
+        return list, (list(self),)
+
 
 pytree.register_pytree_node(Leaves, lambda known: (list(known), None), lambda tensors, _: list(tensors))
 
@@ -160,11 +164,11 @@ def leaves(tree: TensorDict) -> list[Tensor]:
     So :func:`kinds` and :func:`are_contiguous` look at the tensors of a state once, and not in every step.
     """
     tensors: Any = tree.values()
-    memory = None if torch.compiler.is_compiling() or under_vmap() else getattr(tree, "__dict__", None)
-    if memory is None:
+    if torch.compiler.is_compiling() or under_vmap() or not hasattr(tree, "is_locked"):
         return list(tensors)
-    kept: Leaves | None = memory.get(_LEAVES)
-    if kept is None or len(kept) != len(tensors) or not all(map(operator.is_, kept, tensors)):
+    memory = tree.__dict__
+    kept = memory.get(_LEAVES)
+    if type(kept) is not Leaves or len(kept) != len(tensors) or not all(map(operator.is_, kept, tensors)):
         kept = memory[_LEAVES] = Leaves(tensors)
         kept.ids = kept.kinds = kept.contiguous = None
     return kept

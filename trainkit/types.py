@@ -14,12 +14,20 @@ if TYPE_CHECKING:
     from trainkit.metrics import Metric
     from trainkit.state import TrainState
 
-Params: TypeAlias = "TensorDict"
-"""Trainable tensors, keyed by the names of ``module.named_parameters()``."""
-Buffers: TypeAlias = "TensorDict"
-"""What the module needs and no gradient reaches: its buffers and its frozen parameters, by their names."""
-OptState: TypeAlias = "TensorDict"
-"""The memory of an optimizer: a nested tree of tensors."""
+    Tree: TypeAlias = TensorDict
+    Params: TypeAlias = TensorDict
+    Buffers: TypeAlias = TensorDict
+    OptState: TypeAlias = TensorDict
+else:
+    Tree = Any
+    """A nested tree of tensors. tensordict is imported with the first tree, so at run time this stands for any type."""
+    Params = Any
+    """Trainable tensors, keyed by the names of ``module.named_parameters()``."""
+    Buffers = Any
+    """What the module needs and no gradient reaches: its buffers and its frozen parameters, by their names."""
+    OptState = Any
+    """The memory of an optimizer: a nested tree of tensors."""
+
 Batch: TypeAlias = Any
 """A tree of tensors (mapping, tuple, TensorDict, tensor) whose first axis counts the rows."""
 Metrics: TypeAlias = "dict[str, Metric]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,7 @@ ACTIONS: dict[str, Callable[[Pair], object]] = {
     "saved and loaded": lambda pair: pair.both(lambda one: one.load_state_dict(copy.deepcopy(one.state_dict()))),
     "moments replaced": lambda pair: pair.both(_replace_moments),
     "counters replaced": lambda pair: pair.both(_replace_counters),
+    "moved away and back": lambda pair: pair.both(_move_away_and_back),
     "other rate": lambda pair: pair.both(lambda one: one.param_groups[0].update(lr=0.01)),
     "equal groups": lambda pair: pair.both(lambda one: one.param_groups[1].update(one_of_settings(one))),
     "a gradient is missing": lambda pair: pair.step({k: g for k, g in pair.grads().items() if k != "1.bias"}),
@@ -133,6 +135,12 @@ def _replace_counters(one: Any) -> None:
         memory["step"] = memory["step"] + 3
 
 
+def _move_away_and_back(one: Any) -> None:
+    for memory in one.state.values():
+        for tensor in memory.values():
+            tensor.data = tensor.data.clone()
+
+
 def _with_gaps(grad: Tensor) -> Tensor:
     return torch.stack([grad, grad], -1)[..., 0]
 
@@ -143,6 +151,15 @@ def test_whatever_happens_to_the_object_in_between(actions: list[str]) -> None:
     pair = Pair()
     for name in [*actions, "step", "step"]:
         ACTIONS[name](pair)
+
+
+def test_parameters_that_have_made_unequally_many_steps() -> None:
+    pair = Pair()
+    grads = pair.grads()
+    assert not pair.step({name: grad for name, grad in grads.items() if name != "1.bias"})
+    assert not pair.step()
+    assert [pair.step() for _ in range(3)] == [True] * 3
+    assert {float(memory["step"]) for memory in pair.objects[0].state.values()} == {4.0, 5.0}
 
 
 def test_a_new_group_of_parameters_is_noticed() -> None:
@@ -198,6 +215,32 @@ class TestSomebodyLooksOn:
         pair.objects[0].step = lambda *args: (calls.append(1), own(*args))
         assert not pair.step()
         assert calls == [1]
+
+    def test_a_step_of_the_users_own_made_like_that_of_the_class(self) -> None:
+        pair, calls = Pair(), []
+        pair.step()
+        own = pair.objects[0].step
+
+        @functools.wraps(torch.optim.AdamW.step)
+        def step(*args: Any) -> Any:
+            calls.append(1)
+            return own(*args)
+
+        pair.objects[0].step = step
+        assert not pair.step()
+        assert calls == [1]
+
+    def test_a_patched_class(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls, own = [], torch.optim.AdamW.step
+
+        def patched(self: Any, closure: Any = None) -> Any:
+            calls.append(1)
+            return own(self, closure)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", patched)
+        pair = Pair()
+        assert [pair.step() for _ in range(2)] == [False, False]
+        assert len(calls) == 4
 
     def test_a_subclass(self) -> None:
         class Mine(torch.optim.AdamW):

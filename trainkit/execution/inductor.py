@@ -128,8 +128,9 @@ class Compiler:
         )
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled = index_guard.guarded(graph, self._inductor(graph, inputs))
         self.compilations += 1
-        return index_guard.guarded(graph, self._inductor(graph, inputs))
+        return compiled
 
     def _inductor(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if _has_regions(graph):
@@ -140,7 +141,6 @@ class Compiler:
             return _compile_fx(graph, inputs, self._options)
         except RestartAnalysis:
             # No failure: the compiler asks Dynamo for another graph, with some numbers as constants.
-            self.compilations -= 1
             raise
         except Exception as error:
             # The C++ wrapper knows fewer operators than the Python one, which drives the same kernels.

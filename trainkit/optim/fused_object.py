@@ -54,6 +54,7 @@ class FusedSteps:
         self._memory: list[Tensor] = []
         self._kind: Any = None
         self._counters = torch.zeros(0)
+        self._places: list[int] = []
         self._pattern: tuple[int, ...] = ()
         self._blocks: dict[int, _Block] = {}
 
@@ -86,6 +87,7 @@ class FusedSteps:
             and all(map(_are, params, self._params))
             and sum(map(len, memories)) == len(self._memory)
             and all(map(is_, _tensors_of(memories), self._memory))
+            and [memory["step"].data_ptr() for memory in memories] == self._places
         )
 
     def _learn(self) -> bool:
@@ -98,16 +100,17 @@ class FusedSteps:
         if any(memory.keys() != set(_MEMORY) for memory in memories):
             return False
         tensors = [*every, *(memory[name] for memory in memories for name in _MEMORY[1:])]
-        steps = {float(memory["step"]) for memory in memories}
-        if len(steps) != 1 or len(set(map(_KIND, tensors))) != 1 or not all(map(Tensor.is_contiguous, tensors)):
+        if len(set(map(_KIND, tensors))) != 1 or not all(map(Tensor.is_contiguous, tensors)):
             return False
         device = every[0].device
         if not all(map(is_plain, map(type, every))) or not has_kernel(torch._fused_adamw_, Tensor, device.type):
             return False
         self._kind = _KIND(every[0])
-        self._counters = torch.full((len(memories),), steps.pop(), dtype=torch.float32, device=device)
+        steps = [memory["step"].to(device, torch.float32) for memory in memories]
+        self._counters = torch.stack(steps)
         for memory, counter in zip(memories, self._counters.unbind(), strict=True):
             memory["step"] = counter
+        self._places = [memory["step"].data_ptr() for memory in memories]
         self._params, self._memory = params, list(_tensors_of(memories))
         self._pattern = ()
         return True
@@ -139,10 +142,19 @@ def _is_plain(optimizer_object: Any) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
-    # The schedulers of torch put a wrapper there, which notes that it was called.
     own = optimizer_object.__dict__.get("step")
-    replaced = own is not None and getattr(own, "__wrapped__", None) is not kind.step
+    # The schedulers of torch put a wrapper there, which notes that it was called.
+    is_noted = hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is kind.step
+    replaced = _without_hooks(kind.step) is not _STEP or not (own is None or is_noted)
     return not hooks and not replaced and all(map(_is_plain_group, optimizer_object.param_groups))
+
+
+def _without_hooks(step: Any) -> Any:
+    """The method of a class, without what torch puts around it when the first object is made."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+_STEP = _without_hooks(torch.optim.Adam.step)
 
 
 def _is_plain_group(group: Mapping[str, Any]) -> bool:

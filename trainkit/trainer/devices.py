@@ -75,6 +75,12 @@ def enable_gradient_checkpointing(model: Any, kwargs: Any) -> None:
     enable(gradient_checkpointing_kwargs={"use_reentrant": False, **(kwargs or {})})
 
 
+def wants_gradients_in_place(model: nn.Module) -> bool:
+    """Whether parameters have hooks that run once their ``grad`` is complete, or get sparse gradients."""
+    hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+    return hooked or any(getattr(module, "sparse", False) is True for module in model.modules())
+
+
 def recomputes_by_reentry(model: nn.Module) -> bool:
     """Whether a model of transformers recomputes by torch's reentrant form, which needs ``backward()`` on the loss.
 

@@ -6,10 +6,11 @@ Both leave the same numbers. The first is used wherever nothing is overridden th
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ from trainkit.gradients import value_and_grad
 from trainkit.optim import chain, clip_by_global_norm
 from trainkit.optim.live import live
 from trainkit.optim.object_rule import has_object_rule, object_rule, part_counters, write_rates
-from trainkit.state import host_step, init_state
+from trainkit.optim.transform import Transform, transform
+from trainkit.state import TrainState, host_step, init_state
 from trainkit.step import apply_updates
-from trainkit.types import Buffers, LossFn, LossOutput, Metrics, Params
+from trainkit.types import Buffers, LossFn, LossOutput, Metrics, OptState, Params
+
+if TYPE_CHECKING:
+    from trainkit.execution.compile import CompiledStep
 
 ComputeLoss = Callable[[Any, Any], Tensor]
 """``(inputs, number of items in the group) -> loss`` of one microbatch."""
@@ -118,7 +123,60 @@ def _scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
+def with_left_gradients(module: nn.Module) -> Transform:
+    """Add what a backward pass of somebody else has left in the ``grad`` of parameters, and take it away there.
+
+    So an auxiliary part that calls ``backward()`` in the forward pass is trained, as in a loop written by hand.
+    """
+    parameters = dict(module.named_parameters())
+
+    def update(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
+        left = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        if not left:
+            return grads, opt_state
+        for name in left:
+            parameters[name].grad = None
+        found: dict[str, Tensor] = {**tree.named(grads)}
+        for name, grad in left.items():
+            found[name] = found[name] + grad if name in found else grad
+        return tree.frozen({name: found[name] for name in parameters if name in found}), opt_state
+
+    return transform(lambda params: tree.frozen(), update)
+
+
+def _entries(kept: Iterable[dict[str, Any]]) -> list[Any]:
+    """What modules hold under their names."""
+    return list(itertools.chain.from_iterable(map(dict.values, kept)))
+
+
+def _are(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What one set of trained parameters needs.
+
+    Args:
+        one: the step for one microbatch.
+        several: the step for a group.
+        update: of both.
+        names: of the parameters that may be trained.
+        watched: parameters of which the steps are for those that require gradients, or do not, as ``trained`` says.
+        trained: see there.
+        has_rule: whether the update is the optimizer's rule and not its ``step()``.
+    """
+
+    one: CompiledStep
+    several: CompiledStep
+    update: Transform
+    names: list[str]
+    watched: list[nn.Parameter]
+    trained: list[bool]
+    has_rule: bool
 
 
 class LiveRun:
@@ -127,7 +185,8 @@ class LiveRun:
     step = apply_updates(accumulate(value_and_grad(loss)), chain(clip_by_global_norm, update)), by ``compile_step``. The
     update is the object's own ``step()`` (:func:`~trainkit.optim.live`); compiled, its rule over its memory where there
     is one (:func:`~trainkit.optim.object_rule`), so that the whole step is one graph. Parameters that somebody
-    freezes or unfreezes are so from the next update on.
+    freezes or unfreezes are so from the next update on; once some are exchanged a new run is needed
+    (:meth:`is_of_its_module`).
 
     Args:
         module: the model.
@@ -152,49 +211,92 @@ class LiveRun:
     ) -> None:
         self._module, self._compute_loss, self._optimizer = module, compute_loss, optimizer
         self._max_grad_norm, self._compiled, self._seed = max_grad_norm, compiled, seed
-        self._begin(step)
+        modules = list(module.modules())
+        self._children = [m._modules for m in modules]
+        self._own = [m._parameters for m in modules]
+        self._structure, self._parameters = _entries(self._children), _entries(self._own)
+        self._made: dict[Any, _Steps] = {}
+        self._steps, self._state = self._begin(step)
 
-    def _begin(self, step: int) -> None:
-        """A step for the parameters that are trained now."""
-        # Inductor comes with it, whose import takes as long as all the rest of the Trainer.
-        from trainkit.execution import compile_step
-
-        named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        self._parameters = list(self._module.parameters())
-        self._trained = list(map(_REQUIRES_GRAD, self._parameters))
-        self._has_rule = self._compiled and has_object_rule(self._optimizer)
-        update = object_rule(self._optimizer, named) if self._has_rule else live(self._optimizer, named)
-        if self._max_grad_norm:
-            update = chain(clip_by_global_norm(self._max_grad_norm), update)
-        if self._compiled:
-            gradient: Any = functools.partial(value_and_grad, whole_group_loss(self._module, self._compute_loss))
-            strategy: Any = "whole" if self._has_rule else "split"
-        else:
-            own = tree.frozen(named)
-            gradient = functools.partial(value_and_grad, live_group_loss(self._compute_loss), attach=lambda state: own)
-            strategy = "eager"
-        one = apply_updates(gradient(unused="omit", mean=True), update)
-        several = apply_updates(accumulate(gradient(unused="omit")), update)
-        self._one, self._several = compile_step(one, strategy=strategy), compile_step(several, strategy=strategy)
-        state = init_state(self._module, update, seed=self._seed, copy=False)
-        self._state = state.replace(step=torch.full_like(state.step, step))
+    def is_of_its_module(self) -> bool:
+        """Whether the module still has the parameters and the parts that it had: somebody may have exchanged some."""
+        return _are(_entries(self._own), self._parameters) and _are(_entries(self._children), self._structure)
 
     def __call__(self, group: list[Microbatch]) -> Metrics:
         """One update; metrics are ``loss`` and, where gradients are clipped, ``grad_norm``."""
-        if list(map(_REQUIRES_GRAD, self._parameters)) != self._trained:
+        if list(map(_REQUIRES_GRAD, self._steps.watched)) != self._steps.trained:
             self.close()
-            self._begin(host_step(self._state))
-        if self._has_rule:
+            self._steps, self._state = self._begin(host_step(self._state))
+        if self._steps.has_rule:
             write_rates(self._optimizer, self._state.opt_state["1"] if self._max_grad_norm else self._state.opt_state)
         if len(group) == 1:
-            self._state, metrics = self._one(self._state, group[0])
+            self._state, metrics = self._steps.one(self._state, group[0])
         else:
-            self._state, metrics = self._several(self._state, group)
+            self._state, metrics = self._steps.several(self._state, group)
         return metrics
+
+    def _begin(self, step: int) -> tuple[_Steps, TrainState]:
+        """Steps and a state for the parameters that are trained now."""
+        if not self._compiled:
+            steps = self._eager_steps()
+        else:
+            has_rule = has_object_rule(self._optimizer)
+            kind = has_rule, *(p.requires_grad for p in self._module.parameters())
+            if kind not in self._made:
+                self._made[kind] = self._compiled_steps(has_rule)
+            steps = self._made[kind]
+        state = init_state(self._module, steps.update, seed=self._seed, copy=False, trainable=steps.names)
+        return steps, state.replace(step=torch.full_like(state.step, step))
+
+    def _eager_steps(self) -> _Steps:
+        """For all that the optimizer may train, since a forward pass, too, may freeze and unfreeze a part."""
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        named = {n: p for n, p in self._module.named_parameters() if p.requires_grad or id(p) in held}
+        own = tree.frozen(named)
+        gradient = functools.partial(value_and_grad, live_group_loss(self._compute_loss), attach=lambda state: own)
+        update = chain(with_left_gradients(self._module), self._clipped(live(self._optimizer, named)))
+        others = [p for name, p in self._module.named_parameters() if name not in named]
+        return self._steps_of(gradient, update, named, others, strategy="eager")
+
+    def _compiled_steps(self, has_rule: bool) -> _Steps:
+        named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        rule = object_rule(self._optimizer, named) if has_rule else live(self._optimizer, named)
+        gradient = functools.partial(value_and_grad, whole_group_loss(self._module, self._compute_loss))
+        strategy = "whole" if has_rule else "split"
+        every = list(self._module.parameters())
+        return self._steps_of(gradient, self._clipped(rule), named, every, strategy=strategy, has_rule=has_rule)
+
+    def _clipped(self, update: Transform) -> Transform:
+        return chain(clip_by_global_norm(self._max_grad_norm), update) if self._max_grad_norm else update
+
+    def _steps_of(
+        self,
+        gradient: Any,
+        update: Transform,
+        named: Mapping[str, nn.Parameter],
+        watched: list[nn.Parameter],
+        *,
+        strategy: Any,
+        has_rule: bool = False,
+    ) -> _Steps:
+        # Inductor comes with it, whose import takes as long as all the rest of the Trainer.
+        from trainkit.execution import compile_step
+
+        one = apply_updates(gradient(unused="omit", mean=True), update)
+        several = apply_updates(accumulate(gradient(unused="omit")), update)
+        return _Steps(
+            compile_step(one, strategy=strategy),
+            compile_step(several, strategy=strategy),
+            update,
+            list(named),
+            watched,
+            list(map(_REQUIRES_GRAD, watched)),
+            has_rule,
+        )
 
     def close(self) -> None:
         """Leave the optimizer as its own ``step()`` needs it."""
-        if self._has_rule:
+        if self._steps.has_rule:
             part_counters(self._optimizer)
 
 

@@ -58,12 +58,17 @@ class Updates:
 
     def _begin_steps(self, model: Any) -> None:
         """Choose between one call of a StepFn per update and a call of ``training_step`` per microbatch."""
+        self._last_rate = None
+        self._nan_losses = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._own_rows = None
+        model.zero_grad()
+        self._choose_steps(model)
+
+    def _choose_steps(self, model: Any) -> None:
         self._end_steps()
         self._look_at_overrides()
         self._modules = list(self.model.modules())
-        self._last_rate = None
-        self._nan_losses = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._step = self._own_rows = None
+        self._step = None
         self._share = 1.0
         self._beside = optimizers.parameters_beside(self.optimizer, self.model)
         if not self._works_on_microbatches(model):
@@ -95,6 +100,7 @@ class Updates:
             or optimizers.needs_live_gradients(self.optimizer)
             or self._beside
             or devices.recomputes_by_reentry(self.model)
+            or devices.wants_gradients_in_place(self.model)
             or any(self.callback_handler.listens(event) for event in _INNER_EVENTS)
             or self.args.include_num_input_tokens_seen != "no"
         )
@@ -131,6 +137,8 @@ class Updates:
 
     def _update(self, model: Any, tr_loss: Tensor, group: list[Any], items: Any) -> loop.UpdateResult:
         """One update from a group of microbatches."""
+        if self._step is not None and not self._step.is_of_its_module():
+            self._choose_steps(model)
         self.current_gradient_accumulation_steps = len(group)
         self._group, self._group_outputs = group, []
         for inputs in group:
