@@ -101,7 +101,7 @@ def frozen(mapping: Mapping[str, Any] | TensorDict | None = None) -> TensorDict:
         >>> frozen({"a.weight": torch.zeros(2)})["a.weight"]
         tensor([0., 0.])
     """
-    # It imports torch's compiler, which takes half as long as torch; many a program only asks for what there is.
+    # It imports torch's compiler, which takes as long as torch; many a program only asks for what there is.
     from tensordict import TensorDict
 
     if torch.compiler.is_compiling():
