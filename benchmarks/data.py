@@ -7,9 +7,11 @@
 - "resuming": the time from nothing to the first batch when a run goes on at batch 0, 10^3 and 10^6 of a file of tokens.
   "resuming_peer": the same for the Trainer's loader, skipped forward as it does it (``accelerate.skip_first_batches``),
   at 0, 10^3 and 10^4 batches of a table: it passes by each batch before, and its sampler makes a list of all rows.
-- "disk" and "memory": a whole arrow file of 1 GiB, rows of 1,024 tokens of 32 bits, from opening it to the last batch
-  of 32, beside reading the same file in pieces of 1 MiB. For "disk" the file is dropped from the system's memory before
-  each turn, and it is checked that it is gone; for "memory" it is all there.
+- "disk" and "memory": a whole file of 1 GiB, rows of 1,024 tokens of 32 bits, in batches of 32, beside reading the
+  arrow file in pieces of 1 MiB. It is an arrow file, whose dataset is open, or a file of tokens, which is opened in the
+  turn. Opening the arrow file is measured by itself (``load_from_disk``): datasets looks into each part of it, and the
+  system then reads what lies around. For "disk" the file is dropped from the system's memory before each turn, and it
+  is checked that it is gone; for "memory" it is all there.
 
 The ways take turns in every round; printed are medians and ratios. A peer that is not installed is left out.
 """
@@ -45,9 +47,12 @@ ROWS, BATCH, BATCHES = 100_000, 32, 300
 SEQ_LEN, FILE_ROWS = 16, 33_000_000
 POSITIONS, PEER_POSITIONS = (0, 10**3, 10**6), (0, 10**3, 10**4)
 TOKENS, TOKEN_ROWS, PIECE = 1024, 1 << 18, 1 << 20
+DONTNEED = 4
+"""Of ``madvise``."""
 RESIDENT = 0.01
 """Share of a dropped file that may still be in memory."""
 
+LIBC = ctypes.CDLL(None, use_errno=True)
 Ways = dict[str, Callable[[], float]]
 
 
@@ -136,16 +141,28 @@ def of_peer_resuming(folder: Path, rounds: int) -> dict[str, list[float]]:
     return in_turns({f"batch {at}": partial(seconds, partial(first, at)) for at in PEER_POSITIONS}, rounds)
 
 
+def token_ids() -> Any:
+    return np.random.default_rng(0).integers(0, 50_000, TOKENS * TOKEN_ROWS, dtype=np.int32)
+
+
+def on_disk(path: Path) -> Path:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+def written_tokens(path: Path) -> Path:
+    token_ids().tofile(path)
+    return on_disk(path)
+
+
 def written(folder: Path) -> Path:
-    """The arrow file, all of it on the disk."""
-    values = np.random.default_rng(0).integers(0, 50_000, TOKENS * TOKEN_ROWS, dtype=np.int32)
+    values = token_ids()
     offsets = np.arange(0, len(values) + 1, TOKENS, dtype=np.int32)
     table = pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))})
     Dataset(table).save_to_disk(folder, num_shards=1)
     (path,) = folder.glob("*.arrow")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path
+    return on_disk(path)
 
 
 def resident(path: Path) -> float:
@@ -153,14 +170,25 @@ def resident(path: Path) -> float:
     view = np.memmap(path, mode="r")
     pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
     address = ctypes.c_void_p(view.ctypes.data)
-    if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(len(view)), pages):
+    if LIBC.mincore(address, ctypes.c_size_t(len(view)), pages):
         raise OSError(ctypes.get_errno(), "mincore")
     return float((np.ctypeslib.as_array(pages) & 1).mean())
 
 
+def unmapped(path: Path) -> None:
+    """Take the pages of a file out of this process: those that a process has mapped stay in the system's memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(path)):
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            if ctypes.CDLL(None, use_errno=True).madvise(
+                ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), DONTNEED
+            ):
+                raise OSError(ctypes.get_errno(), "madvise")
+
+
 def dropped(path: Path) -> None:
-    # Pages that are mapped anywhere stay.
     gc.collect()
+    unmapped(path)
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     share = resident(path)
@@ -176,24 +204,31 @@ def read(path: Path) -> None:
 
 
 def of_file(folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
-    path = written(folder)
+    path, tokens = written(folder / "arrow"), written_tokens(folder / "tokens.bin")
+    opened = load_from_disk(str(path.parent))
 
-    def loaded(shuffle: bool) -> None:
-        drained(Loader(load_from_disk(str(path.parent)), batch_size=BATCH, shuffle=shuffle))
+    def loaded(data: Any, shuffle: bool) -> None:
+        drained(Loader(data, batch_size=BATCH, shuffle=shuffle))
 
-    actions = {
-        "read": partial(read, path),
-        "Loader, in order": partial(loaded, False),
-        "Loader, shuffled": partial(loaded, True),
+    def token_file() -> TokenFile:
+        return TokenFile(tokens, TOKENS, dtype="int32", overlap=0)
+
+    actions: dict[str, tuple[Path, Callable[[], None]]] = {
+        "read": (path, partial(read, path)),
+        "Loader, in order": (path, partial(loaded, opened, False)),
+        "Loader, shuffled": (path, partial(loaded, opened, True)),
+        "Loader of tokens, in order": (tokens, lambda: loaded(token_file(), False)),
+        "Loader of tokens, shuffled": (tokens, lambda: loaded(token_file(), True)),
+        "load_from_disk": (path, lambda: load_from_disk(str(path.parent))),
     }
 
-    def turn(prepare: Callable[[Path], None], action: Callable[[], None]) -> float:
-        prepare(path)
+    def turn(prepare: Callable[[Path], None], file: Path, action: Callable[[], None]) -> float:
+        prepare(file)
         return seconds(action)
 
     return {
-        "disk": in_turns({name: partial(turn, dropped, action) for name, action in actions.items()}, rounds),
-        "memory": in_turns({name: partial(turn, read, action) for name, action in actions.items()}, rounds),
+        part: in_turns({name: partial(turn, prepare, *action) for name, action in actions.items()}, rounds)
+        for part, prepare in (("disk", dropped), ("memory", read))
     }
 
 
@@ -212,7 +247,7 @@ def main() -> None:
             "arrow": of_arrow(folder, rounds),
             "resuming": of_resuming(folder, rounds),
             "resuming_peer": of_peer_resuming(folder, rounds),
-            **of_file(folder / "arrow", rounds),
+            **of_file(folder, rounds),
         }
     report: dict[str, Any] = {"environment": environment("benchmarks.data"), "rounds": rounds}
     for part, times in parts.items():

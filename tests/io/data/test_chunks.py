@@ -24,18 +24,18 @@ NUMBERS = st.sampled_from(["int8", "uint16", "int64", "float16", "float64"])
 def columns(draw: Any) -> pa.ChunkedArray:
     """Numbers or lists of them in parts, some of them empty, some slices of something longer."""
     number = pa.type_for_alias(draw(NUMBERS))
-    kind = draw(st.sampled_from(["number", "fixed", "list", "large", "nested", "bool"]))
+    kind = draw(st.sampled_from(["number", "fixed", "even", "list", "large", "nested", "bool"]))
     types = {
         "number": number,
         "bool": pa.bool_(),
         "fixed": pa.list_(number, 2),
+        "even": pa.list_(number),
         "list": pa.list_(number),
         "large": pa.large_list(number),
         "nested": pa.list_(pa.list_(number)),
     }
     value = np.float16 if number == pa.float16() else int
-    widths = {"number": None, "bool": None, "fixed": (2, 2), "list": (0, 3), "large": (0, 3), "nested": (0, 3)}
-    width = widths[kind]
+    width = {"number": None, "bool": None, "fixed": (2, 2), "even": (3, 3)}.get(kind, (0, 3))
     one: Any = st.booleans() if kind == "bool" else st.integers(0, 100).map(value)
     row = one if width is None else st.lists(one, min_size=width[0], max_size=width[1])
     row = st.lists(row, max_size=2) if kind == "nested" else row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from trainkit.io.data.collate import pad_batch
 from trainkit.io.data.errors import BatchError
-from trainkit.io.data.groups import GROUP_BATCHES, GROUP_BYTES
+from trainkit.io.data.groups import AHEAD, GROUP_BATCHES, GROUP_BYTES
 from trainkit.io.data.loader import Loader
 from trainkit.io.data.mixing import mix
 from trainkit.io.data.ragged import Ragged
@@ -45,12 +46,14 @@ class Watched:
 
     is_pure = True
 
-    def __init__(self, num_rows: int, width: int = 1, bad: int | None = None) -> None:
-        self.num_rows, self.width, self.bad = num_rows, width, bad
+    def __init__(self, num_rows: int, width: int = 1, bad: int | None = None, files: Sequence[str] = ()) -> None:
+        self.num_rows, self.width, self.bad, self.files = num_rows, width, bad, files
         self.read: list[int] = []
+        self.threads: set[threading.Thread] = set()
 
     def fetch(self, indices: Sequence[int]) -> Any:
         self.read.append(len(indices))
+        self.threads.add(threading.current_thread())
         if self.bad in indices:
             raise OSError(5, "unreadable")
         return {"x": torch.tensor(indices).repeat(self.width, 1).T.contiguous()}
@@ -61,8 +64,11 @@ def sources(tmp_path_factory: Any) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("data")
     np.arange(ROWS * 3 + 1, dtype="uint16").tofile(folder / "tokens.bin")
     fixed = datasets.Dataset.from_dict({"x": [[i, i + 1] for i in range(ROWS)], "y": [i / 2 for i in range(ROWS)]})
+    saved = str(folder / "saved")
+    fixed.save_to_disk(saved)
     return {
         "arrow": fixed,
+        "file": datasets.load_from_disk(saved),
         "selected": fixed.select(range(20, ROWS)),
         "columns": {"x": torch.arange(ROWS), "y": np.arange(ROWS) / 2},
         "rows": [{"x": i, "y": (i / 2, [i, i])} for i in range(ROWS)],
@@ -82,7 +88,7 @@ def noisy(columns: Any, *, position: tuple[int, ...]) -> Any:
     return {"leaves": leaves, "place": torch.tensor(position), "drawn": torch.tensor(random.random())}
 
 
-PURE = ["arrow", "selected", "columns", "rows", "tensors", "tokens", "text"]
+PURE = ["arrow", "file", "selected", "columns", "rows", "tensors", "tokens", "text"]
 OF_SEVERAL_FORMS = ["nulls", "nested", "mixed"]
 
 
@@ -138,6 +144,27 @@ def test_the_first_batch_is_read_alone_and_groups_have_bounds() -> None:
     assert max(wide.read) == 20
 
 
+def test_files_are_read_ahead_in_one_thread_which_ends_with_the_iteration() -> None:
+    source = Watched(10_000, files=[__file__])
+    loader = Loader(source, batch_size=10)
+    batches = iter(loader)
+    for _ in range(12):
+        next(batches)
+    # The groups of the batches taken, and those ahead.
+    assert len(source.read) <= 5 + AHEAD and sum(source.read) <= loader.num_taken * 10 + (AHEAD + 1) * 160
+    (thread,) = source.threads
+    assert thread is not threading.current_thread() and thread.is_alive()
+    position = loader.state_dict()
+    batches.close()  # type: ignore[attr-defined]
+    assert not thread.is_alive() and loader.state_dict() == position
+
+
+def test_rows_in_memory_are_read_in_the_loop_itself() -> None:
+    source = Watched(100)
+    list(Loader(source, batch_size=10))
+    assert source.threads == {threading.current_thread()}
+
+
 def test_large_rows_are_stacked_in_smaller_groups() -> None:
     rows = [{"x": torch.zeros(GROUP_BYTES // 4 // 25), "y": i} for i in range(200)]
     memory = [batch["x"].untyped_storage().nbytes() for batch in Loader(rows, batch_size=10, shuffle=False)]
@@ -165,8 +192,9 @@ def test_long_texts_are_read_in_smaller_groups() -> None:
     assert longest_group(GROUP_BYTES // 5) == 4
 
 
-def test_a_row_that_cannot_be_read_fails_in_its_batch_and_the_batches_before_come_first() -> None:
-    loader = Loader(Watched(200, bad=97), batch_size=10, shuffle=False)
+@pytest.mark.parametrize("files", [(), ("one",)])
+def test_a_row_that_cannot_be_read_fails_in_its_batch_and_the_batches_before_come_first(files: tuple[str]) -> None:
+    loader = Loader(Watched(200, bad=97, files=files), batch_size=10, shuffle=False)
     batches = iter(loader)
     assert [int(next(batches)["x"][0]) for _ in range(9)] == list(range(0, 90, 10))
     with pytest.raises(OSError, match=r"unreadable \(batch 9 \(epoch 0, batch 9 of it\); dataset indices \[90, 91"):

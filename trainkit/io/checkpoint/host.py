@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ _LARGE = 2**17
 """Bytes from which on torch copies a tensor with several threads."""
 _THREADS = 4
 """At most; few fill the bus."""
+_FEW = 500
+"""Small tensors that are copied sooner than a thread is started for them."""
 _PLAIN = {Tensor, nn.Parameter}
-_kind = operator.attrgetter("dtype", "shape", "device", "layout")
+_kind = operator.attrgetter("dtype", "shape", "device")
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,15 @@ class HostMemory:
         large = {i: memory for i, memory in self._large.items() if _is_plain_memory(tensors[i])}
         with _ordinary_tensors():
             into, rest = self._into, _as_copied(tensors, self._of_bytes)
-            if large:
-                into, rest = ([t for i, t in enumerate(own) if i not in large] for own in (into, rest))
-            if into:
-                # On the stream of the steps: behind the last one, and before what may overwrite its results.
-                torch._foreach_copy_(into, rest, non_blocking=True)
-        _copy_memory([(memory, memory_of(tensors[i])) for i, memory in large.items()])
+        if large:
+            into, rest = ([t for i, t in enumerate(own) if i not in large] for own in (into, rest))
+        copies: list[Callable[[], None]] = [partial(_copy_pieces, run) for run in _runs(large, tensors)]
+        if all(device.type == "cpu" for device in self._devices):
+            copies += [partial(_copy_tensors, *part) for part in _parts(into, rest)]
+        else:
+            # In this thread, whose stream is that of the steps: behind the last one, and before what may overwrite it.
+            _copy_tensors(into, rest)
+        _in_threads(copies)
         _wait_for(self._devices)
         return self._copy
 
@@ -127,9 +133,15 @@ class HostMemory:
     def _sized(self, file: str, size: int, pinned: bool) -> Tensor:
         flat = self._memory.get(file)
         if flat is None or flat.numel() < size or (pinned and not flat.is_pinned()):
-            flat = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            self._memory[file] = flat
+            flat = self._memory[file] = _new(size, pinned)
         return flat[:size]
+
+
+def _new(size: int, pinned: bool) -> Tensor:
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    # NumPy asks the system for large pages, which are copied into at a higher rate than torch's.
+    return torch.from_numpy(np.empty(size, dtype=np.uint8))
 
 
 def _walked(state: TrainState) -> tuple[list[Tensor], list[Any]]:
@@ -167,24 +179,47 @@ def _is_plain_memory(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _copy_memory(pairs: list[tuple[memoryview, memoryview]]) -> None:
-    """Copy the second of each pair into the first, each thread a run of them.
+def _threads() -> int:
+    return min(_THREADS, torch.get_num_threads())
+
+
+def _in_threads(copies: list[Callable[[], None]]) -> None:
+    if len(copies) == 1:
+        copies[0]()
+    elif copies:
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(lambda copy: copy(), copies))
+
+
+def _runs(large: dict[int, memoryview], tensors: list[Tensor]) -> list[list[tuple[memoryview, memoryview]]]:
+    """Pieces of memory and what is copied into them, a run for each thread.
 
     torch would divide every tensor among its threads and have them wait for each other after each, which costs most
     where the processor has other work too.
     """
+    pairs = [(into, memory_of(tensors[i])) for i, into in large.items()]
     starts = [(into, of, start) for into, of in pairs for start in range(0, len(of), PIECE)]
     pieces = [(into[start : start + PIECE], of[start : start + PIECE]) for into, of, start in starts]
-    if pieces:
-        share = -(-len(pieces) // min(_THREADS, torch.get_num_threads()))
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(_copy_pieces, [pieces[i : i + share] for i in range(0, len(pieces), share)]))
+    share = max(1, -(-len(pieces) // _threads()))
+    return [pieces[i : i + share] for i in range(0, len(pieces), share)]
 
 
 def _copy_pieces(pieces: list[tuple[memoryview, memoryview]]) -> None:
     for into, of in pieces:
         # Lets other threads run meanwhile, which an assignment to a memoryview does not.
         np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(of, np.uint8))
+
+
+def _parts(into: list[Tensor], of: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Small tensors and what is copied into them, a part for each thread."""
+    share = max(_FEW, -(-len(into) // _threads()))
+    return [(into[i : i + share], of[i : i + share]) for i in range(0, len(into), share)]
+
+
+def _copy_tensors(into: list[Tensor], of: list[Tensor]) -> None:
+    with _ordinary_tensors():
+        if into:
+            torch._foreach_copy_(into, of, non_blocking=True)
 
 
 def _as_copied(tensors: list[Tensor], of_bytes: list[int]) -> list[Tensor]:

@@ -51,6 +51,11 @@ class ArrowRows:
     def num_rows(self) -> int:
         return len(self._dataset)
 
+    @property
+    def files(self) -> list[str]:
+        """Those that the rows lie in; none for a dataset in memory, or one that makes its rows when they are read."""
+        return [file["filename"] for file in self._dataset.cache_files] if self.is_pure else []
+
     def fetch(self, indices: Sequence[int]) -> Any:
         if self._as_given:
             return self._dataset[_range_of(indices)]

@@ -5,7 +5,10 @@ What a batch costs in Python is then paid once for many. Batches of a group shar
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,29 +25,63 @@ from trainkit.io.data.stacking import stack
 GROUP_BATCHES = 32
 GROUP_BYTES = 1 << 22
 """Read at once, at most; a single batch may be larger. A batch that is kept keeps the memory of its group."""
+AHEAD = 2
+"""Groups that are read ahead: with one, Python's lock would keep the thread from reading while the loop works."""
 
 
 def in_groups(source: Source, maker: Maker, tasks: Iterator[Task]) -> Generator[Item, None, None]:
     """The batches of tasks, in order.
 
     A source that is not pure (see :class:`~trainkit.io.data.sources.Source`) is read batch by batch. The first group
-    is one batch, so that the first comes soon; each further one is at most twice the one before.
+    is one batch, so that the first comes soon; each further one is at most twice the one before. Groups of a source
+    in files are read ahead of the loop.
 
     Args:
         source: of the rows.
         maker: of the batches.
         tasks: what is to be loaded.
     """
-    number = 1
-    while group := list(islice(tasks, number)):
-        values = _read(source, group)
-        if values is None:
-            yield from (load(source, maker, task) for task in group)
-            continue
-        whole = _stacked(values) if maker.collate is stack else None
-        yield from _batches(values, whole, maker, group)
-        size = _nbytes(values if whole is None else whole)
-        number = max(1, min(2 * number, GROUP_BATCHES, GROUP_BYTES * len(group) // max(size, 1)))
+    groups = _Groups(tasks)
+    with closing((_ahead if getattr(source, "files", ()) else _in_turn)(source, groups)) as found:
+        for group, values in found:
+            if values is None:
+                yield from (load(source, maker, task) for task in group)
+                continue
+            whole = _stacked(values) if maker.collate is stack else None
+            yield from _batches(values, whole, maker, group)
+            groups.fit(len(group), _nbytes(values if whole is None else whole))
+
+
+class _Groups:
+    """Tasks by the group."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self._tasks, self._number = tasks, 1
+
+    def next(self) -> list[Task]:
+        return list(islice(self._tasks, self._number))
+
+    def fit(self, number: int, nbytes: int) -> None:
+        """Make the next ones as large as they may be, by the size of one of ``number`` tasks."""
+        self._number = max(1, min(2 * self._number, GROUP_BATCHES, GROUP_BYTES * number // max(nbytes, 1)))
+
+
+def _in_turn(source: Source, groups: _Groups) -> Generator[tuple[list[Task], Any], None, None]:
+    while group := groups.next():
+        yield group, _read(source, group)
+
+
+def _ahead(source: Source, groups: _Groups) -> Generator[tuple[list[Task], Any], None, None]:
+    """Read in a thread while the loop works: waiting for a disk and copying need nothing of Python."""
+    with ThreadPoolExecutor(1, "data") as thread:
+        under_way: deque[tuple[list[Task], Future[Any]]] = deque()
+        while True:
+            while len(under_way) < AHEAD and (group := groups.next()):
+                under_way.append((group, thread.submit(_read, source, group)))
+            if not under_way:
+                return
+            group, reading = under_way.popleft()
+            yield group, reading.result()
 
 
 def _read(source: Source, group: list[Task]) -> Any:

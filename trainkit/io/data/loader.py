@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from trainkit.io.data.ahead import fetched
 from trainkit.io.data.assemble import (
     Collate,
     Failed,
@@ -206,7 +207,8 @@ class Loader:
 
     def _run(self, limit: Limit) -> Iterator[Any]:
         running = self._running = object()
-        with closing(self._items(limit)) as items:
+        files = getattr(self._source, "files", ()) if self._batching.shuffle else ()
+        with fetched(files), closing(self._items(limit)) as items:
             for item in one_ahead(items, self._device):
                 if isinstance(item, Note):
                     warnings.warn(item.text, DataWarning, stacklevel=2)

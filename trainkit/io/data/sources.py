@@ -25,6 +25,8 @@ class Source(Protocol):
 
     A source may say of itself ``is_pure = True``: reading rows runs nobody's code but the source's, draws nothing, and
     gives values of the same form whichever rows are read together. Then the loader reads those of many batches at once.
+    With ``files``, the paths of the files that its rows lie in, it also says that ``fetch`` may be called in another
+    thread while the loop works.
     """
 
     @property
@@ -154,6 +156,11 @@ class TokenFile:
         starts = np.asarray(indices, dtype=np.int64) * self._seq_len
         rows = np.lib.stride_tricks.sliding_window_view(self._tokens, self._width)[starts]
         return {self._name: torch.from_numpy(rows.astype(np.int64, copy=False))}
+
+    @property
+    def files(self) -> list[Path]:
+        """The one that the rows lie in."""
+        return [self._path]
 
     @property
     def _width(self) -> int:
