@@ -14,9 +14,10 @@ from torch import Tensor
 
 from trainkit.accumulate import merge_metrics
 from trainkit.metrics import MetricFn, compute
-from trainkit.trainer.accumulate_predictions import Predictions, batch_rows, nested_map, nested_truncate
+from trainkit.trainer.accumulate_predictions import Predictions, batch_rows, leaves, nested_map, nested_truncate
 from trainkit.trainer.dataloaders import length_of, with_last
 from trainkit.trainer.evaluation_ranks import Losses, Ranks, Table, loss_per_row, mean_loss, over_ranks
+from trainkit.trainer.mapped_pages import few_pages
 from trainkit.trainer.outputs import EvalLoopOutput, EvalPrediction
 from trainkit.types import Metrics
 
@@ -277,7 +278,8 @@ class _Run:
             return {}
         losses = loss_per_row(table, hooks.concat) if "loss" in hooks.include_for_metrics else None
         everything = EvalPrediction(predictions=predictions, label_ids=labels, inputs=inputs, losses=losses)
-        return _mapping(hooks.compute_metrics(everything))
+        with few_pages(leaves((predictions, labels, inputs))):
+            return _mapping(hooks.compute_metrics(everything))
 
     def _num_samples(self, dataloader: Any) -> int:
         dataset = getattr(dataloader, "dataset", None)
