@@ -5,7 +5,7 @@ Arrow itself takes rows out of a column in many parts by first joining the parts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,15 +93,15 @@ class ListColumn:
     def take(self, rows: Array) -> Ragged:
         """The rows of these numbers in memory of their own."""
         chunks, local = self._chunks.located(rows)
-        opened = {number: self._chunks.opened(number, _lists) for number in np.unique(chunks).tolist()}
-        stretches = _stretches(chunks, local)
-        widths = {lists.width for lists in opened.values()}
-        if len(stretches) > len(opened) and len(widths) == 1 and (width := widths.pop()):
-            return _of_one_width(chunks, local, opened, width)
+        numbers, places = np.unique(chunks, return_inverse=True)
+        opened = [self._chunks.opened(number, _lists) for number in numbers.tolist()]
+        stretches = _stretches(places, local)
+        if len(stretches) > len(opened) and all(lists.width == opened[0].width > 0 for lists in opened):
+            return _of_one_width(places, local, opened)
         parts: list[Array] = []
         lengths: list[int] = []
-        for number, first, last in stretches:
-            offsets, values = opened[number].offsets, opened[number].values
+        for place, first, last in stretches:
+            offsets, values = opened[place].offsets, opened[place].values
             begin, end = offsets[first], offsets[last + 1]
             parts.append(values[begin:end])
             lengths += [end - begin] if first == last else np.diff(offsets[first : last + 2]).tolist()
@@ -134,19 +134,23 @@ def _lists(chunk: pa.Array) -> _Lists:
     return _Lists(memoryview(offsets), values, width, address)
 
 
-def _of_one_width(chunks: Array, local: Array, opened: Mapping[int, _Lists], width: int) -> Ragged:
-    """Rows of as many elements each, copied by one call, which lets other threads run meanwhile."""
-    dtype = next(iter(opened.values())).values.dtype
-    numbers, places = np.unique(chunks, return_inverse=True)
-    begins = np.array([opened[number].address for number in numbers.tolist()])
-    addresses = begins[places] + local * (width * dtype.itemsize)
+def _of_one_width(places: Array, local: Array, opened: Sequence[_Lists]) -> Ragged:
+    """Rows of as many elements each, copied by one call, which lets other threads run meanwhile.
+
+    Args:
+        places: of each row's chunk in ``opened``.
+        local: each row's number in its chunk.
+        opened: chunks of one width.
+    """
+    width, dtype = opened[0].width, opened[0].values.dtype
+    size = width * dtype.itemsize
+    addresses = np.array([lists.address for lists in opened])[places] + local * size
     origin = int(addresses.min())
+    extent = int(addresses.max()) - origin + size
     # One array over all chunks, and whatever lies between them, of which nothing but the rows is ever read.
-    extent = int(addresses.max()) - origin + width * dtype.itemsize
     memory = np.frombuffer(pa.foreign_buffer(origin, extent, base=opened), np.uint8)
-    rows = as_strided(memory, (extent, width * dtype.itemsize), (1, 1), writeable=False)[addresses - origin]
-    values = torch.from_numpy(rows.view(dtype).reshape(-1))
-    return Ragged(values, torch.arange(len(local) + 1) * width)
+    rows = as_strided(memory, (extent - size + 1, size), (1, 1), writeable=False)[addresses - origin]
+    return Ragged(torch.from_numpy(rows.view(dtype).reshape(-1)), torch.arange(len(local) + 1) * width)
 
 
 def _stretches(chunks: Array, local: Array) -> list[tuple[int, int, int]]:
