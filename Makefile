@@ -11,6 +11,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 PARITY ?= .venv-parity
+AUDIT ?= .venv-audit
 # More options for a target's program: make train ARGS="--steps 200 --data my_texts"
 ARGS ?=
 BENCHMARKS ?= $(filter-out benchmarks.__init__,$(subst /,.,$(basename $(shell grep -l '^if __name__ ==' benchmarks/*.py))))
@@ -23,7 +24,7 @@ define install
 	| grep --line-buffered -E '^ *(Downloading|Installing|Building|Successfully)'
 endef
 
-.PHONY: help train test test-all parity crash-test bench lint types docs clean
+.PHONY: help train test test-all parity crash-test bench lint types docs audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,8 +57,12 @@ types: $(READY) ## static types
 docs: $(READY) ## examples in docstrings, Python blocks and links in Markdown
 	$(RUN) pytest -q tests/docs trainkit recipes
 
+audit: $(AUDIT)/.ready ## known vulnerabilities of the versions in constraints.txt, before a release; needs a network
+	@# Without --strict, versions that the service does not know would pass.
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt $(ARGS)
+
 clean: ## remove what was installed and cached; runs/ stays
-	rm -rf $(VENV) $(PARITY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY) $(AUDIT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
@@ -66,4 +71,9 @@ $(READY): pyproject.toml constraints.txt
 
 $(PARITY)/.ready: pyproject.toml constraints-parity.txt
 	$(call install,$(PARITY),constraints-parity.txt)
+	@touch $@
+
+$(AUDIT)/.ready:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --disable-pip-version-check --no-input --quiet pip-audit
 	@touch $@

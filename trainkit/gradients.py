@@ -312,13 +312,24 @@ def _derivatives(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> tu
     return torch.autograd.grad(top, inputs, factor, allow_unused=True)
 
 
-def _derivatives_of_live(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same for parameters of a module, some of which are frozen, since when ever."""
-    wanted = [t for t in inputs if t.requires_grad]
-    if len(wanted) == len(inputs):
-        return _derivatives(top, inputs, factor)
-    found = iter(_derivatives(top, wanted, factor))
-    return tuple(next(found) if t.requires_grad else None for t in inputs)
+def _derivatives_of_live(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> list[Tensor | None]:
+    """The same for parameters of a module, some of which may be frozen.
+
+    By way of their ``grad``, which is as it was afterwards: the engine then need not look for what leads to them.
+    """
+    before = [p.grad for p in inputs]
+    if any(grad is not None for grad in before):
+        _write_grads(inputs, [None] * len(inputs))
+    try:
+        torch.autograd.backward(top, factor)
+        return [p.grad for p in inputs]
+    finally:
+        _write_grads(inputs, before)
+
+
+def _write_grads(parameters: list[Tensor], grads: list[Tensor | None]) -> None:
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
 
 
 def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> Params:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,7 +16,7 @@ from trainkit.metrics import Latest, Mean
 from trainkit.optim.transform import Transform, reports
 from trainkit.parts import part
 from trainkit.state import TrainState, advance
-from trainkit.types import Batch, GradientFn, Gradients, LossFn, Metrics, StepFn
+from trainkit.types import Batch, GradientFn, Gradients, LossFn, Metrics, OptState, StepFn
 
 Reduce = Callable[[Gradients], Gradients]
 """Adds gradients, weights and metrics over ranks; the identity on one process."""
@@ -47,6 +48,8 @@ def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce 
     Returns: a StepFn whose metrics are ``loss`` (mean), those of the loss, and what the optimizer reports.
     """
 
+    reported = _Reports()
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with tree.temporaries():
             found = gradient(state, batch)
@@ -59,10 +62,26 @@ def apply_updates(gradient: GradientFn, optimizer: Transform, *, reduce: Reduce 
                 params, opt_state = part("update", optimizer.apply)(grads, state.opt_state, state.params, loss=mean)
                 after = advance(state, params=params, buffers=found.buffers, opt_state=opt_state)
         metrics: Metrics = {"loss": Mean(found.loss_sum, found.weight), **found.metrics}
-        metrics.update((name, Latest(value.clone())) for name, value in reports(opt_state).items())
+        metrics.update((name, Latest(value.clone())) for name, value in reported.of(opt_state).items())
         return after, metrics
 
     return step
+
+
+class _Reports:
+    """What optimizer states report; of one that is updated in place it is found once."""
+
+    def __init__(self) -> None:
+        self._tree: Callable[[], Any] = lambda: None
+        self._found: dict[str, torch.Tensor] = {}
+
+    def of(self, opt_state: OptState) -> dict[str, torch.Tensor]:
+        if torch.compiler.is_compiling() or tree.under_vmap() or not getattr(opt_state, "is_locked", False):
+            return reports(opt_state)
+        if self._tree() is not opt_state:
+            # No more than the small tensors of an old state is kept.
+            self._tree, self._found = weakref.ref(opt_state), reports(opt_state)
+        return self._found
 
 
 def _factor(found: Gradients) -> torch.Tensor:

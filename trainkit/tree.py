@@ -40,19 +40,22 @@ class _Scope:
         self.given: Ownership = given if outer is None else {**outer.given, **given}
         self.released: list[_Released] = [] if outer is None else [*outer.released]
         self.copies: dict[int, weakref.ref[Tensor]] = {} if outer is None else {**outer.copies}
+        self.has_handed_out = False
 
     def own(self, tensors: list[Tensor]) -> bool:
         ids = _ids(tensors)
-        if ids <= self.given.keys() or any(ids <= released.ids() for released in self.released):
+        if ids <= self.given.keys():
+            self.has_handed_out |= bool(ids)
             return True
-        return all(map(self.owns, tensors))
+        return any(ids <= released.ids() for released in self.released) or all(map(self.owns, tensors))
 
     def owns(self, tensor: Tensor) -> bool:
+        if id(tensor) in self.given:
+            self.has_handed_out = True
+            return True
         copy = self.copies.get(id(tensor))
-        return (
-            id(tensor) in self.given
-            or (copy is not None and copy() is tensor)
-            or any(id(tensor) in released.ids() for released in self.released)
+        return (copy is not None and copy() is tensor) or any(
+            id(tensor) in released.ids() for released in self.released
         )
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -355,15 +358,22 @@ class donate:
     def __init__(self, *trees: Any, owned: Ownership | None = None) -> None:
         self._given = (owned or {}) if not trees else {**(owned or {}), **ownership(*trees)}
         self._token: Token[_Scope | None] | None = None
+        self._scope: _Scope | None = None
 
     def __enter__(self) -> None:
         if not torch.compiler.is_compiling():
-            self._token = _scope.set(_Scope(_scope.get(), self._given))
+            self._scope = _Scope(_scope.get(), self._given)
+            self._token = _scope.set(self._scope)
 
     def __exit__(self, *exception: object) -> None:
         if self._token is not None:
             _scope.reset(self._token)
             self._token = None
+
+    @property
+    def has_handed_out(self) -> bool:
+        """Whether somebody got one of the tensors to write over it, so that what failed may have left it half done."""
+        return self._scope is not None and self._scope.has_handed_out
 
 
 def temporaries() -> AbstractContextManager[None]:

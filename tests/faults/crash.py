@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
-from tests.faults import damages, failing, fuzz, hostile, interleave, kills, mutations, power, seccomp, twice
+from tests.faults import damages, failing, fuzz, hostile, interleave, kills, mutations, power, ranks, seccomp, twice
 from tests.faults.judge import Case, Reference, Tally, reference
 from tests.faults.server import Server
 
@@ -40,6 +40,8 @@ def _cases() -> dict[str, Case]:
     found["compiled"] = Case("compiled", _TRAIN, {"strategy": "split"})
     found["calls"] = interleave.CALLS
     found["files"] = fuzz.FILES
+    found["theirs"] = fuzz.THEIRS
+    found["together"] = ranks.TOGETHER
     return found
 
 
@@ -54,7 +56,24 @@ class Part:
 
     campaign: str
     case: Case
-    job: Job
+    job: Callable[[Server], Tally]
+
+
+def _part(campaign: str, case: Case, job: Job) -> Part:
+    return Part(campaign, case, lambda server: job(server, reference(server, case)))
+
+
+def _ranks_part(*, number: int, seed: int, only: int | None = None) -> Part:
+    """The campaign of several processes, which needs servers of its own, and a reference for each rank."""
+
+    def job(_: Server) -> Tally:
+        waits = ranks.Waits()
+        with ranks.servers() as forks:
+            tally = ranks.ranks(forks, ranks.references(forks), kills=number, seed=seed, waits=waits, only=only)
+        print(f"ranks: {waits}", flush=True)
+        return tally
+
+    return Part("ranks", ranks.TOGETHER, job)
 
 
 def _case(name: str, mutation: str) -> Case:
@@ -70,11 +89,13 @@ def parts(sizes: argparse.Namespace) -> list[Part]:
 
     def add(campaign: str, name: str, job: Callable[..., Tally], **options: object) -> None:
         case = _case(name, sizes.mutation)
-        found.append(Part(campaign, case, lambda server, ref: job(server, case, ref, **options)))
+        found.append(_part(campaign, case, lambda server, ref: job(server, case, ref, **options)))
 
     def share(number: int, of: int) -> int:
         return -(-number // of)
 
+    if sizes.ranks:
+        found.append(_ranks_part(number=sizes.ranks, seed=seed))
     for campaign, job, number in (
         ("killop", kills.killop, sizes.killops),
         ("kill", kills.kill, sizes.kills),
@@ -103,6 +124,8 @@ def parts(sizes: argparse.Namespace) -> list[Part]:
             first=i * share(sizes.fuzz, sizes.jobs),
             seed=seed,
         )
+    if sizes.fuzz:
+        add("fuzz", "theirs", fuzz.fuzz, number=share(sizes.fuzz, 10), seed=seed)
     if sizes.damages:
         add("corrupt", "keep-3", damages.corrupt, number=sizes.damages, seed=seed)
     if sizes.once:
@@ -128,6 +151,8 @@ def replayed(name: str, seed: int, mutation: str = "") -> Part:
     case_name, _, run = rest.partition("/")
     if case_name not in CASES:
         raise ValueError(f"--replay: got {name!r}, expected campaign/case/run with a case among {', '.join(CASES)}")
+    if campaign == "ranks":
+        return _ranks_part(number=1, seed=seed, only=int(run))
     case = _case(case_name, mutation)
     words = run.split("/")
     jobs: dict[str, Job] = {
@@ -150,8 +175,8 @@ def replayed(name: str, seed: int, mutation: str = "") -> Part:
         "hostile": lambda s, r: hostile.hostile(s, case, r, only=run),
     }
     if campaign not in jobs:
-        raise ValueError(f"--replay: got {name!r}, expected a campaign among {', '.join(jobs)}")
-    return Part(campaign, case, jobs[campaign])
+        raise ValueError(f"--replay: got {name!r}, expected a campaign among {', '.join(jobs)}, ranks")
+    return _part(campaign, case, jobs[campaign])
 
 
 def run_all(todo: Sequence[Part], *, jobs: int, again: str) -> dict[str, Tally]:
@@ -165,7 +190,7 @@ def run_all(todo: Sequence[Part], *, jobs: int, again: str) -> dict[str, Tally]:
         started = time.monotonic()
         server = idle.get()
         try:
-            tally = part.job(server, reference(server, part.case))
+            tally = part.job(server)
         except Exception:
             # The others go on, and what they have found is not lost.
             tally = Tally()
@@ -197,7 +222,7 @@ def report(results: dict[str, Tally]) -> int:
 
 _ALL = {
     "kills": 1000, "killops": 1000, "sigterms": 100, "parts": 5, "states": 5000, "errnos": 10**6, "diskfull": 100,
-    "damages": 1000, "interleavings": 500, "fuzz": 100_000,
+    "damages": 1000, "interleavings": 500, "fuzz": 100_000, "ranks": 20,
 }  # fmt: skip
 """The sizes of a release."""
 
@@ -215,6 +240,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--damages", type=int, default=0, help="damaged files")
     add("--interleavings", type=int, default=0, help="random orders of calls of a saver")
     add("--fuzz", type=int, default=0, help="mutated files")
+    add("--ranks", type=int, default=0, help="SIGKILLs to one of two processes that train together")
     add("--once", action="store_true", help="what is tried once: clock, rerun, two writers, hostile files")
     add("--all", action="store_true", help="every campaign at the size of a release")
     add("--seed", type=int, default=0, help="of all draws")

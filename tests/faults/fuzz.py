@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load as loaded_by_safetensors
 from torch import nn
 
 from tests.faults.judge import Case, Reference, Tally, workspace
+from tests.faults.pickles import mutated_torch_file
 from tests.faults.server import Server
 from tests.faults.trap import Emit, Plan
 from trainkit import init_state
@@ -30,6 +32,8 @@ from trainkit.io import checkpoint
 from trainkit.optim import adamw
 
 FILES = Case("files", "tests.faults.fuzz:read")
+THEIRS = Case("theirs", "tests.faults.fuzz:read", {"only": "theirs"})
+"""A checkpoint of the Trainer of transformers alone."""
 SECONDS = 5
 """That reading one file may compute."""
 MEMORY = 64 * 2**20
@@ -77,15 +81,18 @@ def fuzz(server: Server, case: Case, reference: Reference, *, number: int, seed:
     return tally
 
 
-def read(emit: Emit, *, folder: str, first: int = 0, number: int = 0, seed: int = 0) -> None:
+def read(emit: Emit, *, folder: str, first: int = 0, number: int = 0, seed: int = 0, only: str = "") -> None:
     """Mutate and read ``number`` times, under limits of memory and time and an eye on what is reached.
+
+    ``only`` names the one folder that is read; "" for all.
 
     Tells which one has ``begun``, and of each what came of its being ``read``: its number, "refused" or "read", and
     what is wrong.
     """
     base = Path(folder)
-    subjects = make_subjects(base)
+    subjects = [subject for subject in make_subjects(base) if only in ("", subject.folder.name)]
     random = Random(0)
+    codecs.lookup("latin1")
     for subject in subjects:
         # What is imported and looked up on the way to an error is so before anybody watches.
         for _ in range(20):
@@ -130,13 +137,15 @@ def make_subjects(base: Path) -> list[Subject]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     module(torch.randn(4, 3)).sum().backward()
     optimizer.step()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     torch.save(optimizer.state_dict(), theirs / "optimizer.pt")
+    torch.save(schedule.state_dict(), theirs / "scheduler.pt")
     (theirs / "trainer_state.json").write_text('{"global_step":1,"epoch":0.25,"log_history":[{"loss":0.5,"step":1}]}')
     return [
         _subject(newer, lambda: _read_checkpoint(newer, older, like)),
         _subject(whole, lambda: checkpoint.read_model(whole), lambda found: _check_model(whole, found)),
         _subject(shards, lambda: checkpoint.read_model(shards)),
-        _subject(theirs, lambda: _import(theirs, module), files=["trainer_state.json"]),
+        _subject(theirs, lambda: _import(theirs, module), lambda found: _check_import(theirs, found)),
     ]
 
 
@@ -144,20 +153,38 @@ def _subject(
     folder: Path,
     read: Callable[[], Any],
     check: Callable[[Any], None] = lambda found: None,
-    files: list[str] | None = None,
 ) -> Subject:
-    names = sorted(path.name for path in folder.iterdir()) if files is None else files
+    names = sorted(path.name for path in folder.iterdir())
     return Subject(folder, {name: (folder / name).read_bytes() for name in names}, read, check)
 
 
-def _import(folder: Path, module: nn.Module) -> None:
+def _import(folder: Path, module: nn.Module) -> Any:
+    before = [tensor.clone() for tensor in module.state_dict().values()]
     try:
-        checkpoint.import_hf_trainer(folder, module, adamw(0.1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return checkpoint.import_hf_trainer(folder, module, adamw(0.1))
     except ValueError as error:
-        # Only the argument that could explain the numbers in the file may be asked for.
-        if not str(error).startswith("batches_per_epoch: "):
+        # Only the arguments that could explain what is in the files may be asked for.
+        if not str(error).startswith(("batches_per_epoch: ", "groups: ", "optimizer: ")):
             raise
-        raise checkpoint.CheckpointError(str(error)) from error
+        raise checkpoint.CheckpointError(f"{folder}: {error}") from error
+    finally:
+        assert all(issubclass(warning.category, checkpoint.CheckpointWarning) for warning in caught), caught[0].message
+        assert all(map(torch.equal, before, module.state_dict().values())), "the module has changed"
+
+
+def _check_import(folder: Path, found: Any) -> None:
+    """The numbers must be those that torch reads."""
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for slot in ("exp_avg", "exp_avg_sq"):
+        for index, (name, own) in zip(indices, found.state.opt_state[slot].items(), strict=True):
+            assert not own.requires_grad and own.dtype == torch.float32, name
+            torch.testing.assert_close(
+                own, saved["state"][index][slot].detach().float(), rtol=0, atol=0, equal_nan=True
+            )
+    assert int(found.state.step) == json.loads((folder / "trainer_state.json").read_bytes())["global_step"]
 
 
 def _read_checkpoint(path: Path, older: Path, like: Any) -> None:
@@ -228,6 +255,25 @@ def attempt(
     return "read", ""
 
 
+def watched(read: Callable[[], Any], folder: Path, size: int = 0, seconds: float = 0.2) -> tuple[int, str]:
+    """The wait status of a process that reads files of a size under watch, and what it finds wrong."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            watch = Watch(folder, seconds)
+            _, problem = attempt(Subject(folder, {}, read), {}, lambda _: watch.over(size))
+            os.write(writer, problem.encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        problem = told.read()
+    return os.waitpid(pid, 0)[1], problem
+
+
 class Watch:
     """Limits on this process, and an eye on what it reaches, which stays for its life."""
 
@@ -292,6 +338,8 @@ def mutated(subject: Subject, random: Random) -> dict[str, bytes]:
     content = subject.files[name]
     if name == _MANIFEST:
         return {name: _mutated_manifest(content, random)}
+    if name.endswith(".pt"):
+        return {name: mutated_torch_file(content, random, _edited_bytes)}
     edited = _mutated_tensors(content, random) if name.endswith(".safetensors") else _edited(content, random)
     if _MANIFEST not in subject.files or random.random() < 0.2:
         return {name: edited}

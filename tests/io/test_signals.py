@@ -87,3 +87,30 @@ def test_a_signal_that_is_named_twice_is_handled_once() -> None:
     with pytest.raises(OSError, match="Invalid argument"), stop_on(signal.SIGTERM, signal.SIGKILL):
         pass
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+FORK = """
+import multiprocessing, signal, time
+from trainkit.io.signals import stop_on
+
+def work(started):
+    started.set()
+    while True:
+        time.sleep(1)
+
+fork = multiprocessing.get_context("fork")
+with stop_on() as stop:
+    started = fork.Event()
+    process = fork.Process(target=work, args=(started,), daemon=True)
+    process.start()
+    started.wait()
+    process.terminate()
+    process.join(20)
+    code = process.exitcode
+    process.kill()
+    assert (code, bool(stop)) == (-signal.SIGTERM, False), code
+"""
+
+
+def test_a_forked_process_still_ends_by_it() -> None:
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)

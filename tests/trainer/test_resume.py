@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.trainer.tiny import SETTINGS, make_net, make_rows, without_times
 from trainkit import Trainer, TrainingArguments
-from trainkit.io.checkpoint import CheckpointError, CheckpointWarning
+from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, lock
 from trainkit.trainer.callbacks import EarlyStoppingCallback, TrainerCallback
 from trainkit.trainer.checkpoints import numbered, verify
 
@@ -98,6 +98,25 @@ def summed(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"x": torch.stack([row["x"] for row in rows]), "labels": torch.tensor([row["labels"] for row in rows])}
 
 
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Seven rows in each pass, which nobody knows before."""
+
+    def __iter__(self) -> Any:
+        return iter(make_rows(7))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_stream_goes_on_in_the_pass_that_it_was_in(accumulation: int, tmp_path: Path) -> None:
+    arguments = {"max_steps": 10, "gradient_accumulation_steps": accumulation}
+    whole = make(tmp_path / "whole", arguments, train_dataset=Stream())
+    whole.train()
+    for step in range(1, 10):
+        went_on = make(tmp_path / f"from-{step}", {**arguments, "save_strategy": "no"}, train_dataset=Stream())
+        went_on.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert entries(went_on) == entries(whole)
+        assert_same_weights(went_on, whole)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_evaluations_do_not_disturb(way: str, tmp_path: Path) -> None:
     evaluated = {"eval_strategy": "steps", "eval_steps": 3}
@@ -107,6 +126,50 @@ def test_evaluations_do_not_disturb(way: str, tmp_path: Path) -> None:
     went_on.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     assert [*map(without_times, entries(went_on))] == [*map(without_times, entries(whole))]
     assert_same_weights(went_on, whole)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 7])
+def test_a_log_over_a_break_is_a_mean_over_all_its_updates(step: int, way: str, tmp_path: Path) -> None:
+    seldom = {"logging_steps": 3}
+    whole = make(tmp_path / "a", seldom, WAYS[way])
+    whole.train()
+    went_on = make(tmp_path / "b", seldom, WAYS[way], seed=1)
+    result = went_on.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert entries(went_on) == entries(whole)
+    # The mean of this call is over its own updates.
+    each = make(tmp_path / "c", cls=WAYS[way])
+    each.train()
+    own = [log["loss"] for log in entries(each, after=step)]
+    assert result.training_loss == pytest.approx(np.mean(own), rel=1e-5)
+
+
+def test_losses_that_were_not_finite_are_counted_on(tmp_path: Path) -> None:
+    rows = make_rows(7)
+    rows[0] = {**rows[0], "x": torch.full((4,), torch.inf)}
+    for name, steps in (("logged", 1), ("not logged", 3)):
+        whole = make(
+            tmp_path / name, {"logging_steps": steps, "max_grad_norm": 0, "learning_rate": 0.0}, train_dataset=rows
+        )
+        whole.train()
+        assert entries(whole)[-1]["nonfinite_losses"] >= 1
+        for step in (4, 5):
+            went_on = make(
+                tmp_path / f"{name} {step}",
+                {"logging_steps": steps, "max_grad_norm": 0, "learning_rate": 0.0},
+                train_dataset=rows,
+            )
+            went_on.train(resume_from_checkpoint=str(tmp_path / name / f"checkpoint-{step}"))
+            assert entries(went_on) == entries(whole)
+
+
+def test_a_damaged_sum_of_losses_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, {"max_steps": 2, "logging_steps": 3}).train()
+    folder = tmp_path / "checkpoint-2"
+    (folder / "loss_sum.json").write_text('{"loss": "much"}')
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"loss_sum\.json: expected loss"):
+        make(tmp_path, {"logging_steps": 3}).train(resume_from_checkpoint=str(folder))
 
 
 class Drawing(torch.utils.data.Dataset[Any]):
@@ -390,3 +453,19 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert entries(after) == entries(whole)
     assert_same_weights(after, whole)
     assert not [p.name for p in folder.iterdir() if p.name.startswith((".staging", ".trash"))]
+
+
+def test_what_an_interrupted_save_left_is_gone_after_the_next_one(tmp_path: Path) -> None:
+    for name in (".staging-0123456789abcdef", ".trash-0123456789abcdef"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "model.safetensors").touch()
+    make(tmp_path / "run", {"max_steps": 1}).train()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+
+
+def test_what_another_trainer_is_saving_in_the_same_folder_stays(tmp_path: Path) -> None:
+    staging = tmp_path / "run" / ".staging-0123456789abcdef"
+    staging.mkdir(parents=True)
+    with lock.occupied(staging):
+        make(tmp_path / "run", {"max_steps": 1}).train()
+    assert staging.is_dir() and (tmp_path / "run" / "checkpoint-1").is_dir()

@@ -100,7 +100,8 @@ def compile_step(
         strategy: "whole", "split", "eager"; "auto" takes the first of these that works. Where the wanted one cannot be
             used, the next is, after one :class:`FallbackWarning` that names the cause.
         donate: reuse the memory of the given state, which is then spent: touching it raises
-            :class:`trainkit.SpentStateError`. False keeps it, at the price of a second set of buffers.
+            :class:`trainkit.SpentStateError`. False keeps it, at the price of a second set of buffers. A step that
+            fails while it writes spends the state too; one that fails before leaves it as it was.
         rank: this process' place among the data-parallel ones; seeds the random draws of a whole graph, as
             ``value_and_grad(rank=...)`` does elsewhere.
         dynamic: passed to ``torch.compile``: None makes a dimension symbolic once it has changed, False compiles per
@@ -221,9 +222,18 @@ class CompiledStep:
     def _run_eager(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if not self._donate:
             return self._step(state, batch)
-        with tree.donate(owned=_ownership(state)):
-            after, metrics = self._step(state, batch)
-        after = _in_buffers_of(state, after)
+        scope = tree.donate(owned=_ownership(state))
+        try:
+            with scope:
+                after, metrics = self._step(state, batch)
+            after = _in_buffers_of(state, after)
+        except inductor.COMPILER_ERRORS:
+            # The graph that would have written does not exist.
+            raise
+        except BaseException:
+            if scope.has_handed_out:
+                spend(state)
+            raise
         if _same_trees(state, after):
             _inherit(state, after, "_leaves", "_apart", "_ownership", "_attached")
         return after, metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,11 +24,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._process = os.getpid()
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def _record(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A fork, of a pool say, which nobody else would end.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         # Later ones change nothing: schedulers repeat them, and the save that the first one led to must go on.
         if self.signal is None:
             self.signal = signal.Signals(number)
@@ -39,7 +45,7 @@ def stop_on(*signals: signal.Signals) -> Iterator[StopRequest]:
 
     The loop looks at the request after every step, saves, and leaves. While a step computes or compiles, an evaluation
     runs, or a checkpoint is written, the request waits for that to end. The handlers that were there
-    before come back at the end of the scope.
+    before come back at the end of the scope. Processes that are forked meanwhile end by them, as they do by default.
 
     Args:
         signals: which; SIGTERM for none.

@@ -54,6 +54,7 @@ class FusedSteps:
         self._memory: list[Tensor] = []
         self._kind: Any = None
         self._counters = torch.zeros(0)
+        self._steps: list[Tensor] = []
         self._places: list[int] = []
         self._pattern: tuple[int, ...] = ()
         self._blocks: dict[int, _Block] = {}
@@ -87,7 +88,7 @@ class FusedSteps:
             and all(map(_are, params, self._params))
             and sum(map(len, memories)) == len(self._memory)
             and all(map(is_, _tensors_of(memories), self._memory))
-            and [memory["step"].data_ptr() for memory in memories] == self._places
+            and list(map(Tensor.data_ptr, self._steps)) == self._places
         )
 
     def _learn(self) -> bool:
@@ -110,7 +111,8 @@ class FusedSteps:
         self._counters = torch.stack(steps)
         for memory, counter in zip(memories, self._counters.unbind(), strict=True):
             memory["step"] = counter
-        self._places = [memory["step"].data_ptr() for memory in memories]
+        self._steps = [memory["step"] for memory in memories]
+        self._places = list(map(Tensor.data_ptr, self._steps))
         self._params, self._memory = params, list(_tensors_of(memories))
         self._pattern = ()
         return True

@@ -89,13 +89,13 @@ class _Own:
 
     def step(self, grads: Params, reported: torch.Tensor, params: Params) -> None:
         tensors = tree.leaves(params)
+        if tensors is not self.checked:
+            self.check(params)
         if not (tree.is_donated(tensors) and tree.is_donated([reported])):
             raise tree.NotDonatedError(
                 f"state: live({type(self.object).__name__}) writes over the parameters, and this call is outside a "
                 "donation scope. Use a step that donates, compile_step(step, donate=True); in a chain, the last place"
             )
-        if tensors is not self.checked:
-            self.check(params)
         if not self.fused.step(grads):
             self._step_of_object(tree.named(grads))
         reported.fill_(self.object.param_groups[0]["lr"])

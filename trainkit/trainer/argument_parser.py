@@ -13,6 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from trainkit.trainer.secrets import text_without_secrets
+
 _TRUE = ("yes", "true", "t", "y", "1")
 _FALSE = ("no", "false", "f", "n", "0")
 
@@ -294,9 +296,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ArgumentTypeError(f"got {text!r}, expected a JSON object: {error}") from error
+        raise ArgumentTypeError(f"got {text_without_secrets(text)!r}, expected a JSON object: {error}") from error
     if not isinstance(content, dict):
-        raise ArgumentTypeError(f"got {text!r}, expected a JSON object")
+        raise ArgumentTypeError(f"got {text_without_secrets(text)!r}, expected a JSON object")
     return content
 
 

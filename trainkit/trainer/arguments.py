@@ -19,7 +19,7 @@ from trainkit.trainer import arguments_checks as checks
 from trainkit.trainer import processes
 from trainkit.trainer.accelerator_config import AcceleratorConfig
 from trainkit.trainer.arguments_aliases import apply_aliases
-from trainkit.trainer.arguments_json import as_json, as_json_text, hidden
+from trainkit.trainer.arguments_json import as_json, as_json_text
 from trainkit.trainer.arguments_setters import ArgumentSetters
 from trainkit.trainer.deepspeed_options import deepspeed_config, settle_deepspeed
 from trainkit.trainer.enums import (
@@ -33,6 +33,7 @@ from trainkit.trainer.enums import (
     SchedulerType,
 )
 from trainkit.trainer.fsdp_options import check_fsdp, settle_fsdp
+from trainkit.trainer.secrets import hidden, without_secrets
 
 _LEVELS = tuple(checks.LOG_LEVELS)
 _BACKENDS = ("auto", "apex", "cpu_amp")
@@ -242,15 +243,22 @@ class TrainingArguments(ArgumentSetters):
         settle_deepspeed(self)
 
     def __str__(self) -> str:
-        """One ``name=value`` per line, sorted; tokens hidden."""
+        """One ``name=value`` per line, sorted; secrets hidden."""
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown |= {name: hidden(name) for name in shown if name.endswith("_token")}
         if isinstance(self.accelerator_config, AcceleratorConfig):
             shown["accelerator_config"] = self.accelerator_config.to_dict()
+        shown = without_secrets(shown)
         lines = [f"{name}={value},\n" for name, value in sorted(shown.items()) if not name.startswith("per_gpu_")]
         return f"{type(self).__name__}(\n{''.join(lines)})"
 
     __repr__ = __str__
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            # The one that `dataclass` writes where there is none shows secrets.
+            type.__setattr__(cls, "__repr__", cls.__repr__)
 
     @property
     def train_batch_size(self) -> int:
@@ -368,15 +376,17 @@ class TrainingArguments(ArgumentSetters):
         return as_json(self)
 
     def to_json_string(self) -> str:
-        """:meth:`to_dict` as JSON text without NaN or infinities.
+        """:meth:`to_dict` as JSON text without NaN or infinities, and without the secrets in its entries: see
+        :func:`trainkit.trainer.secrets.without_secrets`.
 
         Raises: TypeError naming a field of a subclass that JSON cannot hold.
         """
-        return as_json_text(self.to_dict())
+        return as_json_text(without_secrets(self.to_dict()))
 
     def to_sanitized_dict(self) -> dict[str, Any]:
-        """:meth:`to_dict` and the two batch sizes, with everything but booleans, numbers and tensors as text."""
+        """:meth:`to_dict` and the two batch sizes, with everything but booleans, numbers and tensors as text, and
+        without the secrets in its entries."""
         plain = (bool, int, float, str, torch.Tensor)
         sizes = {"train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
-        content = {**self.to_dict(), **sizes}
+        content = {**without_secrets(self.to_dict()), **sizes}
         return {name: value if type(value) in plain else str(value) for name, value in content.items()}

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.trainer.accelerator_config import AcceleratorConfig
-from trainkit.trainer.arguments_json import hidden
 from trainkit.trainer.enums import (
     DebugOption,
     HubStrategy,
@@ -32,6 +31,7 @@ from trainkit.trainer.enums import (
     SaveStrategy,
     SchedulerType,
 )
+from trainkit.trainer.secrets import hidden, text_without_secrets
 from trainkit.trainer.tracker_names import tracker_list
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def read_text_forms(args: TrainingArguments) -> None:
             try:
                 setattr(args, name, _typed(json.loads(text)))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}: got {text!r}, which is no JSON object: {error}") from error
+                shown = text_without_secrets(text)
+                raise ValueError(f"{name}: got {shown!r}, which is no JSON object: {error}") from error
     # JSON has no infinite numbers.
     if str(args.max_grad_norm) in ("Infinity", "-Infinity"):
         args.max_grad_norm = float(args.max_grad_norm)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainkit.trainer.secrets import hidden
+
 _UNWRITABLE = ("device_mesh",)
 
 
@@ -26,11 +28,6 @@ def as_json(args: Any) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(args) if field.init]
     content = {name: hidden(name) if name.endswith("_token") else _plain(getattr(args, name)) for name in names}
     return _short_dtypes(content)
-
-
-def hidden(name: str) -> str:
-    """What stands for a token where arguments are written down."""
-    return f"<{name.upper()}>"
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ class CallbackHandler(TrainerCallback):
     """The callbacks of a run, called one after the other.
 
     An event clears the flags that it answers before its callbacks run, so that one of them may raise them again.
+    ``saved_step`` is the step of the last checkpoint of this run while it holds all that the run is, else None.
 
     Args:
         callbacks: objects, or classes to be made without arguments.
@@ -50,6 +51,7 @@ class CallbackHandler(TrainerCallback):
         self.lr_scheduler = lr_scheduler
         self.train_dataloader: Any = None
         self.eval_dataloader: Any = None
+        self.saved_step: int | None = None
         if not any(_is_default_flow(callback) for callback in self.callbacks):
             warnings.warn(
                 "callbacks: there is no DefaultFlowCallback, so nothing is logged, evaluated, saved or stopped by the "
@@ -108,6 +110,7 @@ class CallbackHandler(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
         control.should_training_stop = False
+        self.saved_step = None
         return self.call_event("on_train_begin", args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
@@ -118,6 +121,8 @@ class CallbackHandler(TrainerCallback):
         return self.call_event("on_epoch_begin", args, state, control, **kwargs)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        # What the end of a pass changes is not in a checkpoint of its last step.
+        self.saved_step = None
         return self.call_event("on_epoch_end", args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
@@ -149,6 +154,7 @@ class CallbackHandler(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
         control.should_save = False
+        self.saved_step = state.global_step
         return self.call_event("on_save", args, state, control, **kwargs)
 
     def on_log(  # type: ignore[override]

@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, files, read_model
-from trainkit.io.checkpoint.commit import STAGING, publish, remove
+from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, files, lock, read_model
+from trainkit.io.checkpoint.commit import STAGING, publish, remove, remove_leftovers
 from trainkit.io.checkpoint.interop import read_torch_file
 from trainkit.io.checkpoint.model_files import first_names, flush_all
 from trainkit.trainer.foreign import is_peft_model, is_pretrained_model, unwrapped
@@ -57,14 +57,15 @@ def whole_folder(folder: Path, *, main: bool, wait: Callable[[], None]) -> Itera
     try:
         if main:
             files.make_folder(folder.parent)
-            _remove(staging)
+            _remove_leftovers(folder.parent)
             staging.mkdir()
         wait()
         try:
-            yield staging
-            wait()
-            if main:
-                _publish(staging, folder)
+            with lock.occupied(staging) if main else nullcontext():
+                yield staging
+                wait()
+                if main:
+                    _publish(staging, folder)
         except BaseException:
             if main:
                 _remove(staging)
@@ -90,6 +91,12 @@ def _publish(staging: Path, folder: Path) -> None:
         os.fsync(parent)
         if replaced is not None:
             files.remove_tree(parent, replaced)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    with files.opened(folder) as fd:
+        for problem in remove_leftovers(fd, folder, spared=lock.is_occupied):
+            warnings.warn(problem, CheckpointWarning, stacklevel=2)
 
 
 def _remove(path: Path) -> None:

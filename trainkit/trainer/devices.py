@@ -108,6 +108,17 @@ def set_ddp_options(accelerator: Any, args: Any, model: Any) -> None:
     accelerator.ddp_handler = DistributedDataParallelKwargs(**options)
 
 
+def give_group_up_last(model: Any) -> None:
+    """Let a model that DistributedDataParallel has wrapped drop its process group after everything else it has.
+
+    The last owner of a group joins its threads. When that is the reducer, it holds the lock of the interpreter, which
+    a thread that has just finished a collective may wait for: after ``destroy_process_group()`` a process then hangs.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # Attributes go in the order in which they were set.
+        model.__dict__["process_group"] = model.__dict__.pop("process_group")
+
+
 def with_batch_size(
     run: Callable[..., Any], batch_size: int, *, search: bool, keep: Callable[[], Callable[[], None]]
 ) -> Any:

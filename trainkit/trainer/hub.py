@@ -18,6 +18,7 @@ from typing import Any
 from trainkit.trainer.checkpoints import ARGUMENTS
 from trainkit.trainer.enums import HubStrategy, SaveStrategy
 from trainkit.trainer.foreign import unwrapped
+from trainkit.trainer.secrets import text_without_secrets
 from trainkit.trainer.state import replacement, write_whole
 
 NOT_UPLOADED = ("_*", "checkpoint-*", ".staging-*", ".trash-*", ".lock", ".*.new")
@@ -250,7 +251,8 @@ def _without_finished(in_progress: PushInProgress | None) -> tuple[Future[Any], 
         error = job.exception() if job.done() and not job.cancelled() else None
         if error is not None:
             warnings.warn(
-                f"push_to_hub: an upload to {in_progress.repo_id} failed: {type(error).__name__}: {error}. The run "
+                f"push_to_hub: an upload to {in_progress.repo_id} failed: {type(error).__name__}: "
+                f"{text_without_secrets(str(error))}. The run "
                 "goes on; the next upload brings everything that is in output_dir, as trainer.push_to_hub() does",
                 UploadWarning,
                 stacklevel=4,

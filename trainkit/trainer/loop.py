@@ -97,7 +97,7 @@ class UpdateResult:
     grad_norm: Tensor | float | None = None
 
 
-def run_epochs(plan: Plan, hooks: Hooks) -> None:
+def run_epochs(plan: Plan, hooks: Hooks, look: Callable[[], None]) -> None:
     """Train until the plan is fulfilled or a callback stops the run.
 
     A group of microbatches never spans two passes; the last group of a pass may be smaller, and is an update too.
@@ -105,6 +105,8 @@ def run_epochs(plan: Plan, hooks: Hooks) -> None:
     Args:
         plan: how far.
         hooks: what to call.
+        look: called after each update, when all that belongs to it is done, the end of its pass too. A run that it
+            ends by raising can go on from there.
     """
     grad_norm: Tensor | float | None = None
     for epoch in range(plan.start_epoch, plan.num_epochs):
@@ -112,7 +114,7 @@ def run_epochs(plan: Plan, hooks: Hooks) -> None:
             return
         skip = plan.skip if epoch == plan.start_epoch else 0
         batches = hooks.start_epoch(epoch, skip)
-        seen, grad_norm = _run_epoch(plan, hooks, epoch, skip, batches, grad_norm)
+        seen, grad_norm = _run_epoch(plan, hooks, look, epoch, skip, batches, grad_norm)
         if not seen:
             warnings.warn(
                 f"train_dataset: it gave no batch in epoch {epoch}; training stops at step {hooks.global_step()} of "
@@ -123,31 +125,42 @@ def run_epochs(plan: Plan, hooks: Hooks) -> None:
             hooks.control().should_training_stop = True
         hooks.event("on_epoch_end")
         hooks.report(epoch, grad_norm)
+        look()
         if hooks.control().should_training_stop:
             return
 
 
 def _run_epoch(
-    plan: Plan, hooks: Hooks, epoch: int, skip: int, batches: Iterable[Any], grad_norm: Tensor | float | None
+    plan: Plan,
+    hooks: Hooks,
+    look: Callable[[], None],
+    epoch: int,
+    skip: int,
+    batches: Iterable[Any],
+    grad_norm: Tensor | float | None,
 ) -> tuple[bool, Tensor | float | None]:
     """One pass; whether there was a batch, and the last norm of the gradient."""
     iterator, done = iter(batches), skip
-    while (wanted := plan.group_size(done)) > 0:
-        group, items = hooks.get_batch_samples(iterator, wanted)
-        if not group:
-            break
-        done += len(group)
-        hooks.event("on_step_begin")
-        result = hooks.update(group, items)
-        if result.done:
-            grad_norm = result.grad_norm
-            hooks.finished_update(plan.epoch_at(epoch, done))
-            hooks.report(epoch, grad_norm)
-        control = hooks.control()
-        if control.should_epoch_stop or control.should_training_stop:
-            break
-    # Workers of the loader end with its iterator, also when the pass was left early.
-    close = getattr(iterator, "close", None)
-    if close is not None:
-        close()
+    try:
+        while (wanted := plan.group_size(done)) > 0:
+            if done > skip:
+                look()
+            group, items = hooks.get_batch_samples(iterator, wanted)
+            if not group:
+                break
+            done += len(group)
+            hooks.event("on_step_begin")
+            result = hooks.update(group, items)
+            if result.done:
+                grad_norm = result.grad_norm
+                hooks.finished_update(plan.epoch_at(epoch, done))
+                hooks.report(epoch, grad_norm)
+            control = hooks.control()
+            if control.should_epoch_stop or control.should_training_stop:
+                break
+    finally:
+        # Workers of the loader end with its iterator, also when the pass was left early.
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
     return done > 0, grad_norm

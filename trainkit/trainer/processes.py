@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ import torch
 if TYPE_CHECKING:
     from trainkit.trainer.arguments import TrainingArguments
 
+_PARTING_SECONDS = 0.05
+_CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_SILENT = ("Timed out waiting", "Application timeout")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 
 
@@ -56,6 +61,9 @@ def process_state(args: TrainingArguments) -> Any:
                 backend=args.ddp_backend,
                 timeout=datetime.timedelta(seconds=args.ddp_timeout),
             )
+        if state.num_processes > 1:
+            # A thread of gloo that is not done with the last collective would need the interpreter, and abort without.
+            atexit.register(time.sleep, _PARTING_SECONDS)
     args.local_rank = state.local_process_index
     return state
 
@@ -93,3 +101,46 @@ def main_process_first(args: TrainingArguments, local: bool = True) -> Iterator[
     finally:
         if first:
             state.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def naming_lost_processes(args: TrainingArguments) -> Iterator[None]:
+    """A scope in which an error of a connection between processes says which one is lost, as far as that is known.
+
+    Raises: RuntimeError from that error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = lost_process(error, args.process_index, args.world_size, args.ddp_timeout)
+        if text is None:
+            raise
+        raise RuntimeError(text) from error
+
+
+def lost_process(error: RuntimeError, rank: int, world: int, timeout: float) -> str | None:
+    """What an error of gloo, or of the store that process 0 keeps, says about the others; None for any other error.
+
+    Args:
+        error: as torch raises it.
+        rank: of this process.
+        world: how many there are.
+        timeout: for which one waits for another, in seconds.
+
+    Example:
+        >>> closed = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:15")
+        >>> lost_process(closed, 0, 2, 60)[:51]
+        'process 0 of 2: process 1 has closed its connection'
+        >>> lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 0, 2, 60) is None
+        True
+    """
+    in_store = isinstance(error, torch.distributed.DistNetworkError)
+    if world == 1 or not (in_store or "gloo" in str(error)):
+        return None
+    other = f"process {1 - rank}" if world == 2 else "process 0" if in_store else "another process"
+    again = "look into its log, then start all processes again with resume_from_checkpoint=True"
+    if any(sign in str(error) for sign in _SILENT):
+        return f"process {rank} of {world}: {other} gave no sign for ddp_timeout={timeout} seconds; {again}"
+    if in_store or any(sign in str(error) for sign in _CLOSED):
+        return f"process {rank} of {world}: {other} has closed its connection: it failed or was ended; {again}"
+    return None

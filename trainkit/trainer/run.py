@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from trainkit.io.seeding import seeded
+from trainkit.io.signals import EXIT_PREEMPTED
 from trainkit.trainer import (
     best,
     build,
@@ -22,7 +23,9 @@ from trainkit.trainer import (
     devices,
     evaluation,
     label_smoothing,
+    loop,
     prediction,
+    preemption,
     ragged,
     reporting,
     run_length,
@@ -219,6 +222,7 @@ class Run(Companions):
             self.model.train()
             prepared = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped, self.optimizer = prepared
+            devices.give_group_up_last(self.model_wrapped)
         if self.is_fsdp_enabled:
             self.model = self.model_wrapped
         handler = self.callback_handler
@@ -240,7 +244,10 @@ class Run(Companions):
         self._load_callback_state()
         self.state.compute_steps(args, max_steps)
         self.state.train_batch_size = self._train_batch_size
-        epoch, skip = run_length.resume_position(self.state.global_step, per_epoch, args.gradient_accumulation_steps)
+        step, group = self.state.global_step, args.gradient_accumulation_steps
+        epoch, skip = run_length.resume_position(step, per_epoch, group)
+        if length is None and self.state.epoch is not None and stored.max_steps > 0:
+            epoch, skip = run_length.resume_position_in_stream(step, self.state.epoch, stored.max_steps, group)
         if length:
             checkpoints.warn_of_other_place(self.state, epoch + skip / length)
         return epoch, 0 if args.ignore_data_skip else skip
@@ -258,6 +265,27 @@ class Run(Companions):
             return batches
         self._own_rows = ragged.OwnRows(loader, batches, self.accelerator.process_index, self.accelerator.num_processes)
         return self._own_rows
+
+    def _run_epochs(self, plan: loop.Plan, hooks: loop.Hooks, model: Any, trial: Any) -> None:
+        """The passes of a run; if the machine is taken away meanwhile, a checkpoint and the end of the process."""
+        preemption.until_asked(
+            functools.partial(loop.run_epochs, plan, hooks),
+            step=hooks.global_step,
+            end=functools.partial(self._end_preempted, model, trial),
+            world=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
+            device=self._device,
+        )
+
+    def _end_preempted(self, model: Any, trial: Any) -> NoReturn:
+        if self.callback_handler.saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+            self._fire("on_save")
+        self._fire("on_train_end")
+        self._finish_current_push()
+        if self.is_world_process_zero():
+            preemption.tell(self.state.global_step, self._get_output_dir(trial))
+        raise SystemExit(EXIT_PREEMPTED)
 
     def _log_step(self, tr_loss: Tensor, grad_norm: Any, start_time: float, learning_rate: float | None) -> None:
         updates = self.state.global_step - self._globalstep_last_logged

@@ -87,6 +87,28 @@ def resume_position(global_step: int, updates_per_epoch: int, accumulation: int)
     return epochs, updates * accumulation
 
 
+def resume_position_in_stream(global_step: int, epoch: float, planned: int, accumulation: int) -> tuple[int, int]:
+    """The same for data without a length, whose passes are as long as they turned out to be.
+
+    Their fractional epoch counts the batches of a pass against those of all updates, and so tells both.
+
+    Args:
+        global_step: completed updates.
+        epoch: that was reached.
+        planned: updates of the run that reached it.
+        accumulation: batches per update.
+
+    Example:
+        >>> resume_position_in_stream(5, 1.1, 10, 1), resume_position_in_stream(10, 1.0, 10, 1)
+        ((1, 1), (0, 10))
+    """
+    whole = planned * accumulation
+    if round(epoch * whole) == global_step * accumulation:
+        return 0, global_step * accumulation
+    first = math.floor(round(epoch * whole) / whole)
+    return first, round((epoch - first) * whole)
+
+
 def take_group(iterator: Iterator[Any], n: int) -> list[Any]:
     """The next ``n`` batches, or fewer where the iterator ends.
 

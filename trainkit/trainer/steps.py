@@ -120,7 +120,8 @@ def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"compute_loss: returned {got}, expected a tensor with one element")
-    return value.reshape(())
+    # Even of a scalar it would be another node of the graph.
+    return value.reshape(()) if value.dim() else value
 
 
 def with_left_gradients(module: nn.Module) -> Transform:

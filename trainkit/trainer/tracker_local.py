@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from trainkit.trainer.secrets import without_secrets
 from trainkit.trainer.tracker_names import is_set
 from trainkit.trainer.tracker_services import (
     SUMMARY,
@@ -228,7 +229,7 @@ DVCLIVE = Service(
     packages=("dvclive",),
     install="dvclive",
     start=_dvclive_start,
-    describe=lambda live, moment, config: live.log_params(moment.args.to_dict()),
+    describe=lambda live, moment, config: live.log_params(without_secrets(moment.args.to_dict())),
     log=_dvclive_log,
     save=_dvclive_save,
     complete=_dvclive_complete,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainkit.trainer.secrets import without_secrets
 from trainkit.trainer.state import TrainerState
 
 SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
@@ -107,16 +108,19 @@ def as_dict(config: Any) -> dict[str, Any]:
 def run_config(args: Any, model: Any) -> dict[str, Any]:
     """The arguments of a run, with the model's (and adapters') configuration below them; arguments win.
 
+    Secrets are hidden.
+
     Args:
-        args: with ``to_dict()``, which masks tokens.
+        args: with ``to_dict()``.
         model: its ``config`` is a mapping or has ``to_dict()``; or there is none.
     """
     config, adapters = getattr(model, "config", None), getattr(model, "peft_config", None)
-    return {
+    content = {
         **({} if adapters is None else {"peft_config": adapters}),
         **({} if config is None else as_dict(config)),
         **args.to_dict(),
     }
+    return dict(without_secrets(content))
 
 
 def save_model(moment: Moment, folder: Path) -> None:

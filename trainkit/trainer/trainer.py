@@ -29,6 +29,7 @@ from trainkit.trainer import (
     neftune,
     optimizers,
     prediction,
+    processes,
     random_state,
     reporting,
     run_length,
@@ -339,11 +340,12 @@ class Trainer(Run):
         Raises:
             ValueError: nothing to resume from.
             TypeError: unknown keywords.
+            RuntimeError: another process of the run has ended; with two it is named.
         """
         resume = checkpoints.wanted(resume_from_checkpoint, kwargs, str(self.args.output_dir))
         self._memory_tracker.start("train")
         self.is_in_train = True
-        with ExitStack() as stack:
+        with processes.naming_lost_processes(self.args), ExitStack() as stack:
             stack.callback(self._leave_training)
             self._hp_search_setup(trial)
             self._train_batch_size = self.args.train_batch_size
@@ -449,17 +451,15 @@ class Trainer(Run):
         self.state.init_training_references(self, max_steps, num_epochs, trial)
         start = time.time()
         first_step = self.state.global_step
-        tr_loss = torch.zeros((), device=args.device)
-        self._total_loss_scalar = 0.0
-        self._globalstep_last_logged = first_step
         self._begin_steps(model)
+        tr_loss = self._begin_losses(resume_from_checkpoint)
         self._fire("on_train_begin")
         if args.eval_on_start:
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         plan = loop.Plan(num_epochs, max_steps, args.gradient_accumulation_steps, length, start_epoch, skip)
         batches = functools.partial(self._start_epoch, loader, resume_from_checkpoint, start_epoch)
         report = functools.partial(self._report_step, tr_loss, model, trial, ignore_keys_for_eval, start)
-        loop.run_epochs(plan, self._loop_hooks(model, tr_loss, batches, report))
+        self._run_epochs(plan, self._loop_hooks(model, tr_loss, batches, report), model, trial)
         return self._end_training(trial, tr_loss, first_step, start, num_samples, max_steps, tokens)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -641,6 +641,7 @@ class Trainer(Run):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+            self._save_losses(str(staging))
             self._note_best(folder)
             if self.args.should_save:
                 self.state.save_to_json(str(staging / checkpoints.STATE))

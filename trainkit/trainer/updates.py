@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit import rng
-from trainkit.trainer import build, devices, loop, lr_schedules, optimizers, ragged, run_length, steps
+from trainkit.trainer import build, devices, loop, loss_sum, lr_schedules, optimizers, ragged, run_length, steps
 from trainkit.trainer.accumulate_predictions import nested_detach
 from trainkit.trainer.arguments import TrainingArguments
 from trainkit.trainer.callbacks import CallbackHandler
@@ -48,6 +48,10 @@ class Updates:
     _step_takes_count: bool
     _share: float
     _last_rate: float | None
+    _losses: Tensor
+    _nan_losses: Tensor
+    _globalstep_last_logged: int
+    _total_loss_scalar: float
     _group: list[Any]
     _group_outputs: list[Any]
     callback_handler: CallbackHandler
@@ -178,6 +182,24 @@ class Updates:
         self._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys, start, learning_rate=self._last_rate
         )
+
+    def _begin_losses(self, checkpoint: str | None) -> Tensor:
+        """The sum of the losses that no log has told; of a run that goes on, with those before its checkpoint."""
+        process, step = self.accelerator.process_index, self.state.global_step
+        told = loss_sum.LossSum(0.0, step, loss_sum.nonfinite_in(self.state.log_history))
+        if checkpoint is not None:
+            told = loss_sum.read(checkpoint, process, self.accelerator.num_processes) or told
+        self._losses = torch.tensor(told.loss, device=self.args.device)
+        self._nan_losses += told.nonfinite
+        self._globalstep_last_logged = told.logged_at
+        # The mean of this call is over its own updates.
+        self._total_loss_scalar = -told.loss
+        return self._losses
+
+    def _save_losses(self, folder: str) -> None:
+        now = loss_sum.LossSum(float(self._losses), self._globalstep_last_logged, int(self._nan_losses))
+        if now.logged_at < self.state.global_step:
+            loss_sum.write(folder, now, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _set_training_mode(self, model: nn.Module) -> None:
         # `train()` walks the modules and costs more than a small step.

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from tests.faults.fuzz import FILES, Subject, Watch, attempt, fuzz, make_subjects, mutated
+from tests.faults.fuzz import FILES, Subject, attempt, fuzz, make_subjects, mutated, watched
 from tests.faults.judge import reference
 from tests.faults.server import Server
 from trainkit.io.checkpoint import CheckpointError, DamageError, read_model
@@ -82,21 +82,6 @@ def test_progress_that_no_run_makes_is_refused(content: bytes, told: str, subjec
             subject.read()
     finally:
         (subject.folder / "trainer_state.json").write_bytes(subject.files["trainer_state.json"])
-
-
-def watched(read: Callable[[], Any], folder: Path, size: int = 0, seconds: float = 0.2) -> tuple[int, str]:
-    """The wait status of a process that reads files of a size under watch, and what it finds wrong."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        watch = Watch(folder, seconds)
-        _, problem = attempt(Subject(folder, {}, read), {}, lambda _: watch.over(size))
-        os.write(writer, problem.encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as told:
-        problem = told.read()
-    return os.waitpid(pid, 0)[1], problem
 
 
 def _refuse(folder: Path) -> None:

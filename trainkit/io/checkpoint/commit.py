@@ -115,12 +115,19 @@ def remove(folder: int, names: Iterable[str]) -> None:
         files.remove_tree(folder, name)
 
 
-def remove_leftovers(folder: int, path: Path) -> list[str]:
-    """Delete what writers that died have left in an open folder, whose lock the caller has.
+def remove_leftovers(
+    folder: int, path: Path, *, spared: Callable[[int, str], bool] = lambda folder, name: False
+) -> list[str]:
+    """Delete what writers that died have left in an open folder.
+
+    Args:
+        folder: open.
+        path: of it, for error messages.
+        spared: ``(folder, name) -> bool`` tells what a living writer is filling, where the caller has not the lock.
 
     Returns: a text for each one that could not be deleted.
     """
-    left = [name for name in os.listdir(folder) if _LEFT.fullmatch(name)]
+    left = [name for name in os.listdir(folder) if _LEFT.fullmatch(name) and not spared(folder, name)]
     if not left:
         return []
     # One of them may be what a checkpoint was exchanged for by a rename that is not on the disk yet.

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from trainkit.io.checkpoint import files
 from trainkit.io.checkpoint.errors import CheckpointError, CheckpointWarning
 from trainkit.io.checkpoint.format import flatten_state, flatten_tree, split_path, unflatten_tree
 from trainkit.io.checkpoint.model_files import first_names, flush_all, import_model, new_folder, read_model
+from trainkit.io.checkpoint.pickles import check_pickle
 from trainkit.optim.transform import REPORT, Transform
 from trainkit.state import TrainState, init_state
 from trainkit.types import Params, Schedule
@@ -39,6 +40,7 @@ _MAX_PROGRESS_BYTES = 64 * 2**20
 """``trainer_state.json`` has the whole log: some hundred bytes for each of its rows."""
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 _Memory = dict[str, dict[str, Tensor]]
 """By slot ("exp_avg"), then by the name of the parameter."""
 
@@ -192,7 +194,7 @@ def import_hf_trainer(
         CheckpointError: a file is missing, a link, damaged, or holds something else than tensors and numbers; or is of
             another model or optimizer than AdamW; the text names what differs.
         ValueError: ``optimizer`` keeps other memory than AdamW's; ``schedule`` gives another rate than the checkpoint;
-            ``batches_per_epoch`` is needed, or does not fit the checkpoint.
+            ``batches_per_epoch`` or ``groups`` is needed, or does not fit the checkpoint.
 
     Warns: CheckpointWarning if scheduler and optimizer made different numbers of steps.
 
@@ -248,12 +250,11 @@ def _progress(folder: int, path: Path) -> dict[str, Any]:
 
 def _unpickled(folder: int, name: str, path: Path) -> dict[str, Any]:
     what = f"{path / name}"
-    with files.regular(folder, name, what) as (fd, _), os.fdopen(fd, "rb", closefd=False) as file:
+    with files.regular(folder, name, what) as (fd, size), os.fdopen(fd, "rb", closefd=False) as file:
         try:
-            with zipfile.ZipFile(file) as parts:
-                packed = [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]
-            if packed:
-                raise CheckpointError(f"{what}: {packed[0]!a:.200} in it is compressed, which torch.save never does")
+            _check_parts(file, size, what)
+            file.seek(0)
+            check_pickle(torch._C.PyTorchFileReader(file).get_record("data.pkl"), _registered())
             file.seek(0)
             found = torch.load(file, map_location="cpu", weights_only=True)
         except CheckpointError:
@@ -263,6 +264,27 @@ def _unpickled(folder: int, name: str, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{what}: holds a {type(found).__name__}, expected the state_dict of an optimizer")
     return found
+
+
+def _check_parts(file: IO[bytes], size: int, what: str) -> None:
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        # torch.load would hand it on to torch.jit.
+        raise CheckpointError(f"{what}: is a TorchScript archive, expected a dictionary that torch.save wrote")
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(f"{what}: {packed[0]!a:.200} in it is compressed, which torch.save never does")
+    total = sum(part.file_size for part in parts)
+    if total > size:
+        # Entries that share bytes, each of which would get memory of its own.
+        raise CheckpointError(f"{what}: the files in it have {total} bytes together, it has {size}")
+
+
+def _registered() -> set[str]:
+    """The names that somebody in this process has told torch to trust."""
+    found: list[Any] = torch.serialization.get_safe_globals()
+    return {one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}" for one in found}
 
 
 def _position(progress: dict[str, Any], given: int | None, accumulate: int, path: Path) -> tuple[int, int, int]:
@@ -314,8 +336,12 @@ def _is_group(group: Any) -> bool:
         isinstance(group, dict)
         and isinstance(group.get("params"), list)
         and all(type(index) is int for index in group["params"])
-        and isinstance(group.get("lr"), (int, float))
+        and _is_number(group.get("lr"))
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
 def _trainer_groups(module: nn.Module, num_groups: int) -> list[list[str]]:
@@ -362,7 +388,7 @@ def _memory(saved: dict[str, Any], names: tuple[tuple[str, ...], ...], params: P
                 )
             _check_adamw(values, own[name], f"{what}: of {name!r} it")
             for slot, value in values.items():
-                memory.setdefault(slot, {})[name] = value
+                memory.setdefault(slot, {})[name] = value.detach()
     uneven = [slot for slot, of in memory.items() if of.keys() != own.keys()]
     if uneven:
         raise CheckpointError(f"{what}: has {uneven[0]!r} for some parameters only")
@@ -372,12 +398,21 @@ def _memory(saved: dict[str, Any], names: tuple[tuple[str, ...], ...], params: P
 def _check_adamw(values: dict[Any, Any], parameter: Tensor, what: str) -> None:
     expected = {"step", *_MOMENTS[:2]}
     if not expected <= set(values) <= {"step", *_MOMENTS}:
-        raise CheckpointError(f"{what} has {sorted(map(str, values))}, expected those of AdamW: {sorted(expected)}")
+        names = sorted(key[:50] if isinstance(key, str) else type(key).__name__ for key in values)
+        raise CheckpointError(f"{what} has {names[:10]}, expected those of AdamW: {sorted(expected)}")
     for slot, value in values.items():
         shape = () if slot == "step" else tuple(parameter.shape)
-        if type(value) is not Tensor or value.layout != torch.strided or tuple(value.shape) != shape:
+        if type(value) is not Tensor or tuple(value.shape) != shape or not _has_numbers(value):
             found = f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}"
-            raise CheckpointError(f"{what} has {slot!r} as {found}, expected a tensor of shape {shape}")
+            if isinstance(value, Tensor) and tuple(value.shape) == shape:
+                found += f" of {value.dtype}, {value.layout}, on {value.device}"
+            raise CheckpointError(
+                f"{what} has {slot!r} as {found}, expected a tensor of shape {shape}, of real numbers"
+            )
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _REAL
 
 
 def _count(steps: dict[str, Tensor], path: Path) -> int:

@@ -13,7 +13,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -192,6 +192,50 @@ def for_saver(folder: int, path: Path) -> tuple[Lock, bool]:
         with own.mutex:
             # The one who writes by it is done.
             continue
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """A scope in which :func:`is_occupied` of a folder that is being filled is true, in every process.
+
+    It ends with the process, however that dies. Where the file system has no locks nobody sees it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name, files.opened(name) as parent:
+        ...     (new := Path(name, "new")).mkdir()
+        ...     with occupied(new):
+        ...         meanwhile = is_occupied(parent, "new")
+        ...     print(meanwhile, is_occupied(parent, "new"))
+        True False
+
+    Source: flock(2).
+    """
+    with files.opened(folder) as fd:
+        _try_lock(fd)
+        try:
+            yield
+        finally:
+            # Closing would do, were there no process that was forked off meanwhile.
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def is_occupied(parent: int, name: str) -> bool:
+    """Whether another scope fills a folder below an open one; see :func:`occupied`."""
+    # It may be gone meanwhile, or be no folder.
+    with suppress(OSError), files.opened(name, below=parent) as fd:
+        return not _try_lock(fd)
+    return False
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            return False
+    return True
 
 
 def _open(parent: int, folder: Path) -> int:
