@@ -157,7 +157,9 @@ class TrainerDataLoader(DataLoader[Any]):
         batches = self._from_workers(start) if self.num_workers else self._in_turn(start)
         with closing(batches):
             for batch, is_last in self._told(batches, None if count is None else count - start):
-                self.is_last = self.end_of_dataloader = is_last
+                # To set an attribute of a DataLoader takes long.
+                if is_last:
+                    self.is_last = self.end_of_dataloader = True
                 yield batch
 
     def _in_turn(self, start: int) -> Generator[Any, None, None]:
