@@ -255,7 +255,8 @@ class LiveRun:
         named = {n: p for n, p in self._module.named_parameters() if p.requires_grad or id(p) in held}
         own = tree.frozen(named)
         gradient = functools.partial(value_and_grad, live_group_loss(self._compute_loss), attach=lambda state: own)
-        update = chain(with_left_gradients(self._module), self._clipped(live(self._optimizer, named)))
+        clip = [clip_by_global_norm(self._max_grad_norm)] if self._max_grad_norm else []
+        update = chain(with_left_gradients(self._module), *clip, live(self._optimizer, named))
         others = [p for name, p in self._module.named_parameters() if name not in named]
         return self._steps_of(gradient, update, named, others, strategy="eager")
 
@@ -265,10 +266,8 @@ class LiveRun:
         gradient = functools.partial(value_and_grad, whole_group_loss(self._module, self._compute_loss))
         strategy = "whole" if has_rule else "split"
         every = list(self._module.parameters())
-        return self._steps_of(gradient, self._clipped(rule), named, every, strategy=strategy, has_rule=has_rule)
-
-    def _clipped(self, update: Transform) -> Transform:
-        return chain(clip_by_global_norm(self._max_grad_norm), update) if self._max_grad_norm else update
+        update = chain(clip_by_global_norm(self._max_grad_norm), rule) if self._max_grad_norm else rule
+        return self._steps_of(gradient, update, named, every, strategy=strategy, has_rule=has_rule)
 
     def _steps_of(
         self,
