@@ -21,12 +21,19 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each action reports of itself, in turns; the first round is left out."""
+def in_turns(
+    actions: Mapping[str, Callable[[], float]], rounds: int, *, rotated: bool = False
+) -> dict[str, list[float]]:
+    """The seconds that each action reports of itself, in turns; the first round is left out.
+
+    Rotated, each round begins with the action after the one that the last began with, for what depends on its place.
+    """
     found: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 1):
-        for name, action in actions.items():
-            found[name].append(action())
+    names = list(actions)
+    for number in range(rounds + 1):
+        first = number % len(names) if rotated else 0
+        for name in names[first:] + names[:first]:
+            found[name].append(actions[name]())
     return {name: values[1:] for name, values in found.items()}
 
 
