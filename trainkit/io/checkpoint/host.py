@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,7 +67,7 @@ class HostMemory:
         self._devices: set[torch.device] = set()
         self._of_bytes: list[int] = []
         self._into: list[Tensor] = []
-        self._large: dict[int, memoryview] = {}
+        self._large: dict[int, int] = {}
         self._copy = Copy({}, {})
         self.slots: dict[str, list[Slot]] = {}
         """Where each leaf of the last state lies in its file."""
@@ -96,12 +98,12 @@ class HostMemory:
         Args:
             tensors: of the state that :meth:`leaves` was asked for last.
         """
-        large = {i: memory for i, memory in self._large.items() if _is_plain_memory(tensors[i])}
+        large = {i: address for i, address in self._large.items() if _is_plain_memory(tensors[i])}
         with _ordinary_tensors():
             into, rest = self._into, _as_copied(tensors, self._of_bytes)
         if large:
             into, rest = ([t for i, t in enumerate(own) if i not in large] for own in (into, rest))
-        copies: list[Callable[[], None]] = [partial(_copy_pieces, run) for run in _runs(large, tensors)]
+        copies = [copy for i, address in large.items() for copy in _by_piece(address, tensors[i])]
         if all(device.type == "cpu" for device in self._devices):
             copies += [partial(_copy_tensors, *part) for part in _parts(into, rest)]
         else:
@@ -128,7 +130,7 @@ class HostMemory:
         # Parameters come first among the tensors of the model.
         self._copy = Copy(memory, dict(zip(leaves.params, views, strict=False)))
         large = (i for i, t in enumerate(tensors) if t.is_cpu and t.numel() * t.itemsize >= _LARGE)
-        self._large = {i: memory_of(views[i]) for i in large}
+        self._large = {i: views[i].data_ptr() for i in large}
 
     def _sized(self, file: str, size: int, pinned: bool) -> Tensor:
         flat = self._memory.get(file)
@@ -183,31 +185,36 @@ def _threads() -> int:
     return min(_THREADS, torch.get_num_threads())
 
 
-def _in_threads(copies: list[Callable[[], None]]) -> None:
-    if len(copies) == 1:
-        copies[0]()
-    elif copies:
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(lambda copy: copy(), copies))
-
-
-def _runs(large: dict[int, memoryview], tensors: list[Tensor]) -> list[list[tuple[memoryview, memoryview]]]:
-    """Pieces of memory and what is copied into them, a run for each thread.
+def _in_threads(copies: list[Callable[[], object]]) -> None:
+    """Make all copies, each in the thread that is the first to be free.
 
     torch would divide every tensor among its threads and have them wait for each other after each, which costs most
     where the processor has other work too.
     """
-    pairs = [(into, memory_of(tensors[i])) for i, into in large.items()]
-    starts = [(into, of, start) for into, of in pairs for start in range(0, len(of), PIECE)]
-    pieces = [(into[start : start + PIECE], of[start : start + PIECE]) for into, of, start in starts]
-    share = max(1, -(-len(pieces) // _threads()))
-    return [pieces[i : i + share] for i in range(0, len(pieces), share)]
+    todo = deque(copies)
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                todo.popleft()()
+
+    others = min(_threads(), len(copies)) - 1
+    if others < 1:
+        work()
+        return
+    with ThreadPoolExecutor(others) as threads:
+        working = [threads.submit(work) for _ in range(others)]
+        work()
+        for one in working:
+            one.result()
 
 
-def _copy_pieces(pieces: list[tuple[memoryview, memoryview]]) -> None:
-    for into, of in pieces:
-        # Lets other threads run meanwhile, which an assignment to a memoryview does not.
-        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(of, np.uint8))
+def _by_piece(into: int, tensor: Tensor) -> Iterator[Callable[[], object]]:
+    """What copies a tensor's memory to an address, a piece at a time."""
+    of, size = tensor.data_ptr(), tensor.nbytes
+    for start in range(0, size, PIECE):
+        # Other threads run meanwhile. What NumPy and torch have for it takes as long again to be called.
+        yield partial(ctypes.memmove, into + start, of + start, min(PIECE, size - start))
 
 
 def _parts(into: list[Tensor], of: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
