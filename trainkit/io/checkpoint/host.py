@@ -65,9 +65,10 @@ class HostMemory:
         self._structure: list[Any] = []
         self._kinds: list[Any] = []
         self._devices: set[torch.device] = set()
-        self._of_bytes: list[int] = []
+        self._of_bytes: set[int] = set()
         self._into: list[Tensor] = []
         self._large: dict[int, int] = {}
+        self._small: list[int] = []
         self._copy = Copy({}, {})
         self.slots: dict[str, list[Slot]] = {}
         """Where each leaf of the last state lies in its file."""
@@ -98,12 +99,13 @@ class HostMemory:
         Args:
             tensors: of the state that :meth:`leaves` was asked for last.
         """
-        large = {i: address for i, address in self._large.items() if _is_plain_memory(tensors[i])}
-        with _ordinary_tensors():
-            into, rest = self._into, _as_copied(tensors, self._of_bytes)
-        if large:
-            into, rest = ([t for i, t in enumerate(own) if i not in large] for own in (into, rest))
+        large, small = self._large, self._small
+        if not all(map(_is_plain_memory, (tensors[i] for i in large))):
+            large = {i: address for i, address in large.items() if _is_plain_memory(tensors[i])}
+            small = [i for i in range(len(tensors)) if i not in large]
         copies = [copy for i, address in large.items() for copy in _by_piece(address, tensors[i])]
+        with _ordinary_tensors():
+            into, rest = [self._into[i] for i in small], _as_copied(tensors, self._of_bytes, small)
         if all(device.type == "cpu" for device in self._devices):
             copies += [partial(_copy_tensors, *part) for part in _parts(into, rest)]
         else:
@@ -118,7 +120,7 @@ class HostMemory:
         tensors = [t for own in by_file.values() for t in own.values()]
         self.slots = {file: layout(own) for file, own in by_file.items()}
         self._devices = {t.device for t in tensors}
-        self._of_bytes = [i for i, t in enumerate(tensors) if t.itemsize == 1]
+        self._of_bytes = {i for i, t in enumerate(tensors) if t.itemsize == 1}
         memory, views = {}, []
         with _ordinary_tensors():
             for file, own in by_file.items():
@@ -126,11 +128,12 @@ class HostMemory:
                 at = {slot.name: slot for slot in self.slots[file]}
                 views += [_view(flat, at[name]) for name in own]
                 memory[file] = memory_of(flat)
-            self._into = _as_copied(views, self._of_bytes)
+            self._into = _as_copied(views, self._of_bytes, range(len(views)))
         # Parameters come first among the tensors of the model.
         self._copy = Copy(memory, dict(zip(leaves.params, views, strict=False)))
-        large = (i for i, t in enumerate(tensors) if t.is_cpu and t.numel() * t.itemsize >= _LARGE)
+        large = (i for i, t in enumerate(tensors) if t.is_cpu and t.nbytes >= _LARGE)
         self._large = {i: views[i].data_ptr() for i in large}
+        self._small = [i for i in range(len(tensors)) if i not in self._large]
 
     def _sized(self, file: str, size: int, pinned: bool) -> Tensor:
         flat = self._memory.get(file)
@@ -229,10 +232,9 @@ def _copy_tensors(into: list[Tensor], of: list[Tensor]) -> None:
             torch._foreach_copy_(into, of, non_blocking=True)
 
 
-def _as_copied(tensors: list[Tensor], of_bytes: list[int]) -> list[Tensor]:
+def _as_copied(tensors: list[Tensor], of_bytes: set[int], wanted: Iterable[int]) -> list[Tensor]:
     # Their bytes need no kernel of each of the dtypes of one byte, which not every version and device has.
-    changed = {i: tensors[i].resolve_neg().view(torch.uint8) for i in of_bytes}
-    return [changed.get(i, t) for i, t in enumerate(tensors)] if changed else tensors
+    return [tensors[i].resolve_neg().view(torch.uint8) if i in of_bytes else tensors[i] for i in wanted]
 
 
 @contextmanager
