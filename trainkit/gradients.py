@@ -45,7 +45,8 @@ def value_and_grad(
             of its own for the division. For batches that are not added to others. A loss in less than float32 is
             not divided so, since that would round the weight.
         attach: gives the leaves of the autograd graph, under the names of ``state.params``; what the loss is handed.
-            By default the state's tensors; for a loss that calls a live module, the module's own parameters.
+            By default the state's tensors; for a loss that calls a live module, the module's own parameters, by whose
+            ``grad`` the gradient may come; it is put back.
 
     Returns: a function ``(state, batch) -> Gradients``; pure.
 
@@ -315,8 +316,13 @@ def _derivatives(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> tu
 def _derivatives_of_live(top: Tensor, inputs: list[Tensor], factor: Tensor | None) -> list[Tensor | None]:
     """The same for parameters of a module, some of which may be frozen.
 
-    By way of their ``grad``, which is as it was afterwards: the engine then need not look for what leads to them.
+    By way of their ``grad``, which is as it was afterwards: the engine then need not look for what leads to them. A
+    gradient that is divided later is not, since what else leads to ``top`` gets its own at its true size or not at all.
     """
+    if factor is None:
+        wanted = [p for p in inputs if p.requires_grad]
+        found = iter(_derivatives(top, wanted, None))
+        return [next(found) if p.requires_grad else None for p in inputs]
     before = [p.grad for p in inputs]
     if any(grad is not None for grad in before):
         _write_grads(inputs, [None] * len(inputs))

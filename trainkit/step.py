@@ -72,16 +72,18 @@ class _Reports:
     """What optimizer states report; of one that is updated in place it is found once."""
 
     def __init__(self) -> None:
-        self._tree: Callable[[], Any] = lambda: None
-        self._found: dict[str, torch.Tensor] = {}
+        # One attribute, since other threads may take steps of other states.
+        self._last: tuple[Callable[[], Any], dict[str, torch.Tensor]] = (lambda: None, {})
 
     def of(self, opt_state: OptState) -> dict[str, torch.Tensor]:
         if torch.compiler.is_compiling() or tree.under_vmap() or not getattr(opt_state, "is_locked", False):
             return reports(opt_state)
-        if self._tree() is not opt_state:
+        known, found = self._last
+        if known() is not opt_state:
+            found = reports(opt_state)
             # No more than the small tensors of an old state is kept.
-            self._tree, self._found = weakref.ref(opt_state), reports(opt_state)
-        return self._found
+            self._last = weakref.ref(opt_state), found
+        return found
 
 
 def _factor(found: Gradients) -> torch.Tensor:

@@ -253,6 +253,11 @@ def _value(content: bytes) -> bytes:
     return b"\x80\x02}" + _text("state") + content + b"s."
 
 
+def _often(given: bytes, user: bytes, use: bytes) -> bytes:
+    """What is given (0 in the memo) used (by 1 in the memo) two hundred times."""
+    return b"\x80\x02}" + _text("state") + b"](" + given + b"q\x00" + user + b"q\x01" + use * 200 + b"es."
+
+
 def _attacks() -> dict[str, bytes]:
     import os
 
@@ -282,6 +287,16 @@ def _attacks() -> dict[str, bytes]:
             _call("torch._tensor _rebuild_from_type_v2", _global("builtins set"), _global("torch Tensor"),
                   b"(" + _expanded(2**36) + b"t", b"}")
         ),
+        "one list in many sets": _often(b"](" + b"K\x01" * 4000 + b"e", _global("builtins set"), b"h\x01h\x00\x85R"),
+        "one text counted often": _often(_text("a" * 4000), _global("collections Counter"), b"h\x01h\x00\x85R"),
+        "one text encoded often": _often(
+            _text("a" * 4000), _global("_codecs encode"), b"h\x01h\x00" + _text("latin1") + b"\x86R"
+        ),
+        "one dictionary as many states": _often(
+            b"}(" + b"".join(map(_integer, range(4000))) + b"u", _call("collections OrderedDict"), b"h\x01h\x00b"
+        ),
+        "one tuple as many keys": _often(b"(" + b"K\x01" * 4000 + b"t", b"}", b"}h\x00Ns"),
+        "one tuple as many sizes": _often(b"(" + b"K\x01" * 4000 + b"t", _global("torch Size"), b"h\x01h\x00\x85R"),
         "punycode": _value(_call("_codecs encode", _text("".join(map(chr, range(256, 50_000)))), _text("punycode"))),
         "quantised tensor of a size": _value(
             _call("torch._utils _rebuild_qtensor", b"N", b"K\x00", number + b"\x85", b"K\x01\x85", b"N", b"\x89", b"}")

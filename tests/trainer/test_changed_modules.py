@@ -132,6 +132,19 @@ class FreezesByTurns(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+class Unfreezes(nn.Module):
+    """A part of it is frozen until it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.first.requires_grad_(True)
+        logits = self.last(self.first(x))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 class Sparse(nn.Module):
     """Its table gets sparse gradients."""
 
@@ -178,6 +191,14 @@ def test_what_a_forward_pass_does_to_gradients(
 ) -> None:
     options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5}
     assert_as_transformers(tmp_path, seeded(kind), make_optimizer, **options)
+
+
+@every_optimizer
+def test_a_forward_pass_may_unfreeze_what_the_optimizer_does_not_hold(make_optimizer: Any, tmp_path: Path) -> None:
+    def make_other(params: Any) -> Any:
+        return make_optimizer([p for p in params if p.requires_grad])
+
+    assert_as_transformers(tmp_path, seeded(Unfreezes), make_other, max_grad_norm=0.5)
 
 
 def test_sparse_gradients(tmp_path: Path) -> None:

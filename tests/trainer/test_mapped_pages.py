@@ -67,6 +67,16 @@ def test_memory_without_a_file_and_private_mappings_are_left_alone(array: Any, t
     assert anonymous[:10].min() == 5 and private[:10].min() == 5
 
 
+def test_a_map_may_be_closed_meanwhile(tmp_path: Path) -> None:
+    arrays = [np.memmap(tmp_path / "one", dtype=np.uint8, mode="w+", shape=(mmap.PAGESIZE,))]
+    mapped: Any = arrays[0].base
+    with few_pages(arrays):
+        arrays.clear()
+        mapped.close()
+        # An error of the thread would fail this test.
+        time.sleep(0.02)
+
+
 def test_the_thread_ends_with_an_error(array: Any) -> None:
     with pytest.raises(KeyError), few_pages([array]):
         raise KeyError("metric")

@@ -84,7 +84,8 @@ class TestNames:
     @pytest.mark.parametrize(
         "name",
         ["token", "TOKEN", "hub_token", "use_auth_token", "accessToken", "api_key", "comet-api-key", "apikey"]
-        + ["password", "db_passwd", "client_secret", "aws_secret_access_key", "private_key", "credentials"],
+        + ["password", "db_passwd", "client_secret", "aws_secret_access_key", "private_key", "credentials"]
+        + ["api_keys", "refresh_tokens", "Authorization", "github_token", "wandb-token", "pwd"],
     )  # fmt: skip
     def test_secrets(self, name: str) -> None:
         assert is_secret(name)
@@ -114,6 +115,8 @@ class TestTexts:
             (f"at https://h/?a=1&sig={CANARY} and", "at https://h/?a=1&sig=<HIDDEN> and"),
             (f"{{'token' : '{CANARY}', 'x': 1", "{'token' : '<HIDDEN>', 'x': 1"),
             (f'{{"api_key":"{CANARY}', '{"api_key":"<HIDDEN>"'),
+            (f'{{"password": "a\\"{CANARY}\\\\", "x": 1}}', '{"password": "<HIDDEN>", "x": 1}'),
+            (f"https://host/x#access_token={CANARY}&x=1", "https://host/x#access_token=<HIDDEN>&x=1"),
         ],
     )
     def test_the_secret_is_hidden_and_the_rest_is_shown(self, text: str, shown: str) -> None:
@@ -121,7 +124,8 @@ class TestTexts:
         assert text_without_secrets(shown) == shown
 
     @pytest.mark.parametrize(
-        "text", ["a@b.c", "https://host/@me", "x?y=1&z=2", '{"pad_token": "</s>"}', "signature=x", ""]
+        "text",
+        ["a@b.c", "https://host/@me", "x?y=1&z=2", '{"pad_token": "</s>"}', "signature=x", "", "a." * 100_000],
     )
     def test_a_text_without_secrets_stays(self, text: str) -> None:
         assert text_without_secrets(text) == text

@@ -95,7 +95,7 @@ def _publish(staging: Path, folder: Path) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     with files.opened(folder) as fd:
-        for problem in remove_leftovers(fd, folder, spared=lock.is_occupied):
+        for problem in remove_leftovers(fd, folder):
             warnings.warn(problem, CheckpointWarning, stacklevel=2)
 
 

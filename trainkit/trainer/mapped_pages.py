@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,9 @@ def few_pages(arrays: Iterable[Any]) -> Iterator[None]:
 def _give_back(maps: list[mmap.mmap], ended: threading.Event) -> None:
     while not ended.wait(EVERY):
         for each in maps:
-            each.madvise(mmap.MADV_DONTNEED)
+            # Whoever reads them may have closed them.
+            with suppress(ValueError):
+                each.madvise(mmap.MADV_DONTNEED)
 
 
 def _map_of(array: Any) -> mmap.mmap | None:

@@ -10,14 +10,14 @@ from typing import Any
 
 # Not every name that ends in token: `pad_token` is a word of a vocabulary.
 _NAMES = (
-    r"(?:[a-z0-9]+[_-])*(?:(?:access|api|auth|bearer|hf|hub|refresh|secret|security|session)[_-]?token"
-    r"|(?:access|account|api|private|secret)[_-]?key|passw(?:or)?d|passphrase|secret|credentials?)"
+    r"(?:[a-z0-9]+[_-])*(?:(?:access|api|auth|bearer|gh|github|gitlab|hf|hub|refresh|secret|security|session|user|wandb)[_-]?tokens?"
+    r"|(?:access|account|api|private|secret)[_-]?keys?|passw(?:or)?d|pwd|passphrase|secrets?|credentials?|authorization)"
     r"|token"
 )
 _NAME = re.compile(_NAMES, re.IGNORECASE)
-_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s\"']+@", re.IGNORECASE)
-_IN_QUERY = re.compile(rf"([?&](?:{_NAMES}|(?:[a-z]+-)*sig(?:nature)?)=)[^&#\s\"']+", re.IGNORECASE)
-_IN_JSON = re.compile(rf"(([\"'])(?:{_NAMES})\2\s*:\s*)([\"'])(?:(?!\3).)*(?:\3|$)", re.IGNORECASE)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,30}://)[^/?#\s\"']+@", re.IGNORECASE)
+_IN_QUERY = re.compile(rf"([?&#](?:{_NAMES}|(?:[a-z]+-)*sig(?:nature)?)=)[^&#\s\"']+", re.IGNORECASE)
+_IN_JSON = re.compile(rf"(([\"'])(?:{_NAMES})\2\s*:\s*)([\"'])(?:\\.|(?!\3).)*(?:\3|$)", re.IGNORECASE)
 _HIDDEN = "<HIDDEN>"
 
 

@@ -256,7 +256,8 @@ class LiveRun:
         own = tree.frozen(named)
         gradient = functools.partial(value_and_grad, live_group_loss(self._compute_loss), attach=lambda state: own)
         clip = [clip_by_global_norm(self._max_grad_norm)] if self._max_grad_norm else []
-        update = chain(with_left_gradients(self._module), *clip, live(self._optimizer, named))
+        every = dict(self._module.named_parameters())
+        update = chain(with_left_gradients(self._module), *clip, live(self._optimizer, every))
         others = [p for name, p in self._module.named_parameters() if name not in named]
         return self._steps_of(gradient, update, named, others, strategy="eager")
 

@@ -62,8 +62,9 @@ def hold(folder: Path) -> None:
 def test_a_second_writer_is_refused_at_once_with_the_name_of_the_first(tmp_path: Path, make_state: Make) -> None:
     with forked(lambda: hold(tmp_path)) as owner:
         wait_for((tmp_path / "ready").exists)
+        state = make_state()
         start = time.monotonic()
-        for attempt in (Lock, Saver, lambda folder: save(folder, make_state())):
+        for attempt in (Lock, Saver, lambda folder: save(folder, state)):
             with pytest.raises(CheckpointError, match=rf"is written to by process {owner} on '.*' since '20\d\d-"):
                 attempt(tmp_path)
         assert time.monotonic() - start < 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import nn
 from trainkit import TrainState, init_state, tree
 from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, Retention, Saver, checkpoints, load, save, verify
 from trainkit.io.checkpoint.format import flatten_state
-from trainkit.io.checkpoint.host import HostMemory
+from trainkit.io.checkpoint.host import HostMemory, _in_threads
 from trainkit.io.checkpoint.tensors import PIECE, layout, memory_in_order
 from trainkit.optim import sgd
 
@@ -284,6 +285,35 @@ def test_a_blocking_save_that_fails_leaves_what_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1"]
     save(tmp_path, large(2))
     verify(tmp_path / "checkpoint-2")
+
+
+def test_an_error_of_a_copy_is_raised() -> None:
+    def fail() -> None:
+        raise IndexError("of a copy")
+
+    for number in (1, 2):
+        with pytest.raises(IndexError, match="of a copy"):
+            _in_threads([lambda: None, fail], number)
+
+
+def blocked_signals(thread: threading.Thread) -> int:
+    lines = Path(f"/proc/self/task/{thread.native_id}/status").read_text().splitlines()
+    return next(int(line.split()[1], 16) for line in lines if line.startswith("SigBlk"))
+
+
+def test_signals_do_not_interrupt_the_writer(tmp_path: Path) -> None:
+    with Saver(tmp_path) as saver:
+        with saver._target.lock.mutex:
+            saver.save(large())
+            (writer,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint")
+            deadline = time.monotonic() + 60
+            while not blocked_signals(writer) >> (signal.SIGTERM - 1) & 1 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            blocked = blocked_signals(writer)
+        saver.wait()
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    assert not blocked >> (signal.SIGSEGV - 1) & 1
+    assert not blocked_signals(threading.main_thread()) >> (signal.SIGTERM - 1) & 1
 
 
 def test_a_closed_saver_says_so(tmp_path: Path) -> None:

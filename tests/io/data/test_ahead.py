@@ -57,6 +57,29 @@ def test_files_that_memory_cannot_hold_are_left_alone(tmp_path: Path, monkeypatc
         assert not threads()
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows"
+    os.mkfifo(path)
+    monkeypatch.setattr(ahead, "_size", lambda file: 1000)
+    monkeypatch.setattr(ahead, "_memory", lambda: 2000)
+    with ahead.fetched([path, path]):
+        (thread,) = threads()
+        os.close(os.open(path, os.O_WRONLY))
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("said", "expected"), [("4096\n", 4096), ("max\n", None), (None, None)])
+def test_the_memory_of_a_container_counts(
+    said: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "_LIMIT", tmp_path / "memory.max")
+    if said is not None:
+        (tmp_path / "memory.max").write_text(said)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert ahead._memory() == (whole if expected is None else expected)
+
+
 def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows"
     os.mkfifo(path)

@@ -71,6 +71,16 @@ def test_rows_are_those_that_arrow_takes(column: pa.ChunkedArray, data: st.DataO
         assert found.dtype == by_arrow.dtype
 
 
+def test_long_rows_may_lie_far_apart() -> None:
+    """One part in Arrow's own memory, which may be tens of TiB away from where files and other arrays are."""
+    rows = np.arange(6 * 2**16).reshape(6, -1)
+    own = pa.array(rows[:3].tolist(), pa.list_(pa.int64()))
+    other = pa.ListArray.from_arrays(pa.array(range(0, 4 * 2**16, 2**16), pa.int32()), pa.array(rows[3:].reshape(-1)))
+    dataset = datasets.Dataset(pa.table({"x": pa.chunked_array([own, other])}))
+    found = ArrowRows(dataset).fetch([4, 1, 5, 0])["x"]
+    assert np.array_equal(found.values.numpy().reshape(4, -1), rows[[4, 1, 5, 0]])
+
+
 @pytest.mark.parametrize("values", [[1, None, 3], [[1], None, [2]], [[1, 2], [None], [3]]])
 def test_a_column_with_nulls_is_left_to_arrow(values: list[Any]) -> None:
     dataset = datasets.Dataset.from_dict({"x": values, "y": [1, 2, 3]})

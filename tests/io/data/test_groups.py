@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -157,6 +159,26 @@ def test_files_are_read_ahead_in_one_thread_which_ends_with_the_iteration() -> N
     position = loader.state_dict()
     batches.close()  # type: ignore[attr-defined]
     assert not thread.is_alive() and loader.state_dict() == position
+
+
+def test_files_of_a_source_that_is_not_pure_are_its_own_matter() -> None:
+    source = OneByOne(Watched(20))
+    source.files = [object()]  # type: ignore[attr-defined]
+    assert sum(len(batch["x"]) for batch in Loader(source, batch_size=5)) == 20
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_off_goes_on_by_itself() -> None:
+    batches = iter(Loader(Watched(2000, files=[__file__]), batch_size=10, shuffle=False))
+    for _ in range(12):
+        next(batches)
+    pid = os.fork()
+    if pid == 0:
+        # A thread that is not there would be waited for without an end.
+        signal.alarm(60)
+        os._exit([int(batch["x"][0]) for batch in batches] != list(range(120, 2000, 10)))
+    assert os.waitpid(pid, 0)[1] == 0
+    assert [int(batch["x"][0]) for batch in batches] == list(range(120, 2000, 10))
 
 
 def test_rows_in_memory_are_read_in_the_loop_itself() -> None:

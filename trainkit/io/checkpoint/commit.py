@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainkit.io.checkpoint import files
+from trainkit.io.checkpoint import files, lock
 from trainkit.io.checkpoint.format import MANIFEST
 from trainkit.io.checkpoint.manifest import FileRecord
 
@@ -48,12 +48,12 @@ def commit(folder: int, name: str, contents: Contents, finish: Finish, *, own: b
     """
     staging = f"{STAGING}{secrets.token_hex(8)}"
     try:
-        with _made(folder, staging) as (fd, mode):
+        with _made(folder, staging) as (fd, mode), lock.occupied(staging, below=folder):
             written = {file: files.write_new(fd, file, parts) for file, parts in contents.items()}
             files.write_new(fd, MANIFEST, [finish(written)])
             os.fchmod(fd, mode)
             os.fsync(fd)
-        replaced = publish(folder, staging, name, own=own)
+            replaced = publish(folder, staging, name, own=own)
     except BaseException:
         _discard(folder, staging)
         raise
@@ -115,19 +115,16 @@ def remove(folder: int, names: Iterable[str]) -> None:
         files.remove_tree(folder, name)
 
 
-def remove_leftovers(
-    folder: int, path: Path, *, spared: Callable[[int, str], bool] = lambda folder, name: False
-) -> list[str]:
-    """Delete what writers that died have left in an open folder.
+def remove_leftovers(folder: int, path: Path) -> list[str]:
+    """Delete what writers that died have left in an open folder, and nothing that a living one fills.
 
     Args:
         folder: open.
         path: of it, for error messages.
-        spared: ``(folder, name) -> bool`` tells what a living writer is filling, where the caller has not the lock.
 
     Returns: a text for each one that could not be deleted.
     """
-    left = [name for name in os.listdir(folder) if _LEFT.fullmatch(name) and not spared(folder, name)]
+    left = [name for name in os.listdir(folder) if _LEFT.fullmatch(name) and not lock.is_occupied(folder, name)]
     if not left:
         return []
     # One of them may be what a checkpoint was exchanged for by a rename that is not on the disk yet.

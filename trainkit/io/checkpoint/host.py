@@ -24,8 +24,8 @@ from trainkit.tree import is_tree
 _LARGE = 2**17
 """Bytes from which on torch copies a tensor with several threads."""
 _THREADS = 4
-"""At most; few fill the bus."""
-_FEW = 500
+"""At most, of those that torch may have."""
+_FEW = 1000
 """Small tensors that are copied sooner than a thread is started for them."""
 _PLAIN = {Tensor, nn.Parameter}
 _kind = operator.attrgetter("dtype", "shape", "device")
@@ -103,15 +103,16 @@ class HostMemory:
         if not all(map(_is_plain_memory, (tensors[i] for i in large))):
             large = {i: address for i, address in large.items() if _is_plain_memory(tensors[i])}
             small = [i for i in range(len(tensors)) if i not in large]
-        copies = [copy for i, address in large.items() for copy in _by_piece(address, tensors[i])]
         with _ordinary_tensors():
             into, rest = [self._into[i] for i in small], _as_copied(tensors, self._of_bytes, small)
         if all(device.type == "cpu" for device in self._devices):
-            copies += [partial(_copy_tensors, *part) for part in _parts(into, rest)]
+            _in_threads([partial(_copy_tensors, *part) for part in _parts(into, rest)], _threads())
         else:
             # In this thread, whose stream is that of the steps: behind the last one, and before what may overwrite it.
             _copy_tensors(into, rest)
-        _in_threads(copies)
+        copies = (copy for i, address in large.items() for copy in _by_piece(address, tensors[i]))
+        # Half of them fill the bus, and on the other cores the threads of torch go round for a while after a kernel.
+        _in_threads(copies, _threads() // 2)
         _wait_for(self._devices)
         return self._copy
 
@@ -181,15 +182,16 @@ def _view(flat: Tensor, slot: Slot) -> Tensor:
 
 
 def _is_plain_memory(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    # Zeros that autograd makes have no memory, and the address 0.
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and tensor.data_ptr() != 0
 
 
 def _threads() -> int:
     return min(_THREADS, torch.get_num_threads())
 
 
-def _in_threads(copies: list[Callable[[], object]]) -> None:
-    """Make all copies, each in the thread that is the first to be free.
+def _in_threads(copies: Iterable[Callable[[], object]], number: int) -> None:
+    """Make all copies with up to ``number`` threads, each in the one that is the first to be free.
 
     torch would divide every tensor among its threads and have them wait for each other after each, which costs most
     where the processor has other work too.
@@ -197,11 +199,10 @@ def _in_threads(copies: list[Callable[[], object]]) -> None:
     todo = deque(copies)
 
     def work() -> None:
-        with suppress(IndexError):
-            while True:
-                todo.popleft()()
+        while (copy := _next(todo)) is not None:
+            copy()
 
-    others = min(_threads(), len(copies)) - 1
+    others = min(number, len(todo)) - 1
     if others < 1:
         work()
         return
@@ -210,6 +211,13 @@ def _in_threads(copies: list[Callable[[], object]]) -> None:
         work()
         for one in working:
             one.result()
+
+
+def _next(todo: deque[Callable[[], object]]) -> Callable[[], object] | None:
+    # Between a look whether there is one and taking it another thread may take it.
+    with suppress(IndexError):
+        return todo.popleft()
+    return None
 
 
 def _by_piece(into: int, tensor: Tensor) -> Iterator[Callable[[], object]]:

@@ -195,10 +195,14 @@ def for_saver(folder: int, path: Path) -> tuple[Lock, bool]:
 
 
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """A scope in which :func:`is_occupied` of a folder that is being filled is true, in every process.
+def occupied(folder: str | Path, *, below: int | None = None) -> Iterator[None]:
+    """A scope in which :func:`is_occupied` of a folder that is being filled is true, in every process of this machine.
 
     It ends with the process, however that dies. Where the file system has no locks nobody sees it.
+
+    Args:
+        folder: its path.
+        below: the open folder that the path starts from.
 
     Example:
         >>> import tempfile
@@ -211,7 +215,7 @@ def occupied(folder: Path) -> Iterator[None]:
 
     Source: flock(2).
     """
-    with files.opened(folder) as fd:
+    with files.opened(folder, below=below) as fd:
         _try_lock(fd)
         try:
             yield

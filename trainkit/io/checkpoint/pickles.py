@@ -43,23 +43,21 @@ _CONSTANTS = {
     pickle.NONE,
     pickle.NEWTRUE,
     pickle.NEWFALSE,
-    pickle.EMPTY_LIST,
-    pickle.EMPTY_DICT,
-    pickle.EMPTY_SET,
     pickle.BININT,
     pickle.BININT1,
     pickle.BININT2,
     pickle.BINFLOAT,
     pickle.LONG1,
-    pickle.SHORT_BINSTRING,
 }
+_CONTAINERS = {pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET}
 _TUPLES = {pickle.EMPTY_TUPLE: 0, pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
-_FILLED = {pickle.APPEND: 1, pickle.SETITEM: 2}
 _PROTOCOL = b"\x02"
 _LONGEST = 64
 """Longer texts are not the names of anything."""
 _DEEPEST = 100
 """Levels of tuples in tuples; hashing one calls itself for each, unchecked."""
+_REPEATED = 10_000
+"""Entries that calls, keys and states may have beyond those that lie in the file: things that come more than once."""
 
 
 class UnreasonableError(ValueError):
@@ -76,6 +74,7 @@ class _Item(NamedTuple):
         name: of what was looked up.
         entries: of a tuple, the first and the last.
         has_call: whether it is, or is a tuple with, what a call gave.
+        held: one number, the entries of a list or dictionary so far, or of a text.
     """
 
     weight: int = 1
@@ -84,9 +83,10 @@ class _Item(NamedTuple):
     name: str = ""
     entries: tuple[_Item, ...] | None = None
     has_call: bool = False
+    held: list[int] | None = None
 
 
-_PLAIN, _MARK, _CALL = _Item(), _Item(), _Item(has_call=True)
+_PLAIN, _MARK = _Item(), _Item()
 
 
 def check_pickle(data: bytes, also: Collection[str] = ()) -> None:
@@ -108,6 +108,7 @@ def check_pickle(data: bytes, also: Collection[str] = ()) -> None:
     """
     stack: list[_Item] = []
     memo: dict[bytes, _Item] = {}
+    walked = 0
     try:
         for code, argument in _operations(data):
             if code in (pickle.BINPUT, pickle.LONG_BINPUT):
@@ -115,7 +116,9 @@ def check_pickle(data: bytes, also: Collection[str] = ()) -> None:
             elif code in (pickle.BINGET, pickle.LONG_BINGET):
                 stack.append(memo[argument.rstrip(b"\0")])
             else:
-                _follow(code, argument, stack, len(data), also)
+                walked += _follow(code, argument, stack, len(data), also)
+                if walked > len(data) + _REPEATED:
+                    raise UnreasonableError(f"it walks through {walked} entries, in {len(data)} bytes")
     except (IndexError, KeyError) as error:
         raise UnreasonableError(f"it takes what it did not make ({type(error).__name__})") from error
 
@@ -142,35 +145,60 @@ def _after_line(data: bytes, place: int) -> int:
     return end + 1 if end >= 0 else len(data) + 1
 
 
-def _follow(code: bytes, argument: bytes, stack: list[_Item], size: int, also: Collection[str]) -> None:
+def _follow(code: bytes, argument: bytes, stack: list[_Item], size: int, also: Collection[str]) -> int:
+    """Do what an operation does to the stack; how many entries of something it walks through."""
     if code in _CONSTANTS:
         stack.append(_PLAIN)
+    elif code in _CONTAINERS:
+        stack.append(_Item(held=[0]))
     elif code == pickle.BINUNICODE:
-        stack.append(_Item(text=argument.decode("utf-8", "replace")) if len(argument) < _LONGEST else _PLAIN)
+        text = argument.decode("utf-8", "replace") if len(argument) < _LONGEST else ""
+        stack.append(_Item(text=text, held=[len(argument)]))
+    elif code == pickle.SHORT_BINSTRING:
+        stack.append(_Item(held=[len(argument)]))
     elif code == pickle.MARK:
         stack.append(_MARK)
     elif code in _TUPLES:
         stack.append(_tuple_of(_popped(stack, _TUPLES[code]), size))
     elif code == pickle.TUPLE:
         stack.append(_tuple_of(_popped_to_mark(stack), size))
-    elif code in _FILLED:
-        _popped(stack, _FILLED[code])
-    elif code in (pickle.APPENDS, pickle.SETITEMS):
-        _popped_to_mark(stack)
+    elif code in (pickle.APPEND, pickle.APPENDS):
+        _fill(stack, _popped(stack, 1) if code == pickle.APPEND else _popped_to_mark(stack))
+    elif code in (pickle.SETITEM, pickle.SETITEMS):
+        pairs = _popped(stack, 2) if code == pickle.SETITEM else _popped_to_mark(stack)
+        _fill(stack, pairs)
+        return sum(key.weight for key in pairs[::2])
     elif code == pickle.GLOBAL:
         stack.append(_Item(name=_checked(argument, also)))
     elif code in (pickle.REDUCE, pickle.NEWOBJ):
-        _check_call(*_popped(stack, 2))
-        stack.append(_CALL)
+        function, given = _popped(stack, 2)
+        _check_call(function, given)
+        stack.append(_Item(has_call=True, held=[0]))
+        return _size_of(given)
     elif code == pickle.BUILD:
         (state,) = _popped(stack, 1)
         if state.has_call and state.entries is None:
             raise UnreasonableError("it makes the result of a call the state of an object")
+        return _size_of(state)
     elif code == pickle.BINPERSID:
         _popped(stack, 1)
         stack.append(_PLAIN)
     elif code != pickle.PROTO or argument != _PROTOCOL:
         raise UnreasonableError(f"it has the operation {(code + argument)!r}, which no pickle of protocol 2 has")
+    return 0
+
+
+def _fill(stack: list[_Item], items: list[_Item]) -> None:
+    """Put items into the container on the stack."""
+    held = stack[-1].held
+    if held is not None:
+        held[0] += sum(item.weight for item in items)
+
+
+def _size_of(item: _Item) -> int:
+    """The entries that one walks through, of a container, a text, or a tuple with such."""
+    own = item.weight if item.held is None else item.held[0]
+    return own + sum(map(_size_of, item.entries or ()))
 
 
 def _popped(stack: list[_Item], number: int) -> list[_Item]:
@@ -190,7 +218,7 @@ def _tuple_of(items: list[_Item], size: int) -> _Item:
     if weight > size or depth > _DEEPEST:
         raise UnreasonableError(f"it has a tuple of {weight} entries and {depth} levels in {size} bytes")
     # No deeper than is looked at: the entries of entries would be kept for nothing.
-    ends = tuple(item._replace(entries=None) for item in (items[:1] + items[-1:]))
+    ends = tuple(item._replace(entries=None) for item in (items[:1] + items[1:][-1:]))
     return _Item(weight, depth, entries=ends, has_call=any(item.has_call for item in items))
 
 
@@ -208,7 +236,7 @@ def _check_call(function: _Item, given: _Item) -> None:
     bad = (
         (name == _EMPTY and given.weight > 1)
         or (name in _WALKING and given.has_call)
-        or (name == _ENCODE and given.entries[-1:] != (_Item(text="latin1"),))
+        or (name == _ENCODE and [item.text for item in given.entries[-1:]] != ["latin1"])
         or (name == _ATTRIBUTES and not (given.entries and re.fullmatch(_REBUILD, given.entries[0].name)))
         or name == "torch.Tensor"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import signal
 import threading
 import warnings
 import weakref
@@ -24,6 +25,10 @@ from trainkit.state import TrainState
 
 ABANDONED = "abandoned"
 """In the names of checkpoints that a run has gone back behind."""
+_FROM_OUTSIDE = signal.valid_signals() - {
+    getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS", "SIGABRT")
+}
+"""All signals but those by which a thread learns of its own faults."""
 Job = Callable[[Callable[[Path], None]], list[str]]
 """Writes a checkpoint and announces it; gives what its owner should be told."""
 
@@ -281,6 +286,8 @@ class _Flight:
         self._thread = thread
 
     def _run(self, job: Job) -> None:
+        # They are for the main thread. Here one could make a system call fail that nobody makes again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_OUTSIDE)
         try:
             self._notes = job(self._announce)
         except BaseException as error:

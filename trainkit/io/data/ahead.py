@@ -10,6 +10,7 @@ from pathlib import Path
 
 PIECE = 1 << 22
 """Bytes that are read at a time; in between the end of the scope is seen."""
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def fetched(files: Sequence[str | Path]) -> Iterator[None]:
 
     Rows in random order are wanted from everywhere in a file. Read one by one they cost a wait each; in one go the
     whole file comes at the full rate of the disk. Nothing is done where the files would fill more than half of the
-    memory of this machine, since the first of it would be gone again before it is wanted.
+    memory of this machine or container, since the first of it would be gone again before it is wanted.
 
     Args:
         files: which. Those that cannot be opened are passed over: who reads them says so better.
@@ -28,6 +29,8 @@ def fetched(files: Sequence[str | Path]) -> Iterator[None]:
         ...     len(Path(__file__).read_bytes()) > 1000
         True
     """
+    # Data that is joined with itself names them again.
+    files = list(dict.fromkeys(files))
     if not 0 < sum(map(_size, files)) <= _memory() // 2:
         yield
         return
@@ -57,4 +60,10 @@ def _size(file: str | Path) -> int:
 
 
 def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that this machine has, or the container that this process is in may use."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = _LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return whole
+    return min(whole, int(limit)) if limit.isdecimal() else whole

@@ -5,6 +5,7 @@ Arrow itself takes rows out of a column in many parts by first joining the parts
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,11 @@ def _of_one_width(places: Array, local: Array, opened: Sequence[_Lists]) -> Ragg
     extent = int(addresses.max()) - origin + size
     # One array over all chunks, and whatever lies between them, of which nothing but the rows is ever read.
     memory = np.frombuffer(pa.foreign_buffer(origin, extent, base=opened), np.uint8)
-    rows = as_strided(memory, (extent - size + 1, size), (1, 1), writeable=False)[addresses - origin]
+    if extent * size <= sys.maxsize:
+        rows = as_strided(memory, (extent - size + 1, size), (1, 1), writeable=False)[addresses - origin]
+    else:
+        # More elements than NumPy can count: long rows, some in a file and some in memory, lie far apart.
+        rows = np.stack([memory[start : start + size] for start in (addresses - origin).tolist()])
     return Ragged(torch.from_numpy(rows.view(dtype).reshape(-1)), torch.arange(len(local) + 1) * width)
 
 

@@ -5,6 +5,7 @@ What a batch costs in Python is then paid once for many. Batches of a group shar
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from trainkit.io.data.assemble import Item, Loaded, Maker, Task, described, load
 from trainkit.io.data.ragged import Ragged
-from trainkit.io.data.sources import Source
+from trainkit.io.data.sources import Source, files_of
 from trainkit.io.data.stacking import stack
 
 GROUP_BATCHES = 32
@@ -42,7 +43,7 @@ def in_groups(source: Source, maker: Maker, tasks: Iterator[Task]) -> Generator[
         tasks: what is to be loaded.
     """
     groups = _Groups(tasks)
-    with closing((_ahead if getattr(source, "files", ()) else _in_turn)(source, groups)) as found:
+    with closing((_ahead if files_of(source) else _in_turn)(source, groups)) as found:
         for group, values in found:
             if values is None:
                 yield from (load(source, maker, task) for task in group)
@@ -73,6 +74,7 @@ def _in_turn(source: Source, groups: _Groups) -> Generator[tuple[list[Task], Any
 
 def _ahead(source: Source, groups: _Groups) -> Generator[tuple[list[Task], Any], None, None]:
     """Read in a thread while the loop works: waiting for a disk and copying need nothing of Python."""
+    process = os.getpid()
     with ThreadPoolExecutor(1, "data") as thread:
         under_way: deque[tuple[list[Task], Future[Any]]] = deque()
         while True:
@@ -81,7 +83,8 @@ def _ahead(source: Source, groups: _Groups) -> Generator[tuple[list[Task], Any],
             if not under_way:
                 return
             group, reading = under_way.popleft()
-            yield group, reading.result()
+            # The thread is not in a process that was forked off.
+            yield group, reading.result() if os.getpid() == process else _read(source, group)
 
 
 def _read(source: Source, group: list[Task]) -> Any:

@@ -30,7 +30,7 @@ from trainkit.io.data.errors import BatchError, DataWarning
 from trainkit.io.data.groups import in_groups
 from trainkit.io.data.order import order_of
 from trainkit.io.data.position import Limit, Position, from_json, to_json
-from trainkit.io.data.sources import Source, as_source, lengths_of
+from trainkit.io.data.sources import Source, as_source, files_of, lengths_of
 from trainkit.io.data.stacking import stack
 from trainkit.io.data.streams import Stream, as_stream
 from trainkit.io.data.workers import MapItems, StreamItems, in_processes
@@ -207,7 +207,7 @@ class Loader:
 
     def _run(self, limit: Limit) -> Iterator[Any]:
         running = self._running = object()
-        files = getattr(self._source, "files", ()) if self._batching.shuffle else ()
+        files = files_of(self._source) if self._batching.shuffle else ()
         with fetched(files), closing(self._items(limit)) as items:
             for item in one_ahead(items, self._device):
                 if isinstance(item, Note):

@@ -25,8 +25,8 @@ class Source(Protocol):
 
     A source may say of itself ``is_pure = True``: reading rows runs nobody's code but the source's, draws nothing, and
     gives values of the same form whichever rows are read together. Then the loader reads those of many batches at once.
-    With ``files``, the paths of the files that its rows lie in, it also says that ``fetch`` may be called in another
-    thread while the loop works.
+    With ``files`` beside that, the paths of the files that its rows lie in, it also says that ``fetch`` may be called
+    in another thread while the loop works.
     """
 
     @property
@@ -35,6 +35,17 @@ class Source(Protocol):
 
     def fetch(self, indices: Sequence[int]) -> Any:
         """The rows of these numbers, in this order; at least one."""
+
+
+def files_of(source: Source | None) -> Sequence[str | Path]:
+    """The files that the rows of a pure source lie in, if it names some. Others may mean something else by ``files``.
+
+    Example:
+        >>> files_of(ColumnRows(torch.zeros(3, 2)))
+        ()
+    """
+    found: Sequence[str | Path] = getattr(source, "files", ()) if getattr(source, "is_pure", False) else ()
+    return found
 
 
 class ColumnRows:
