@@ -103,7 +103,7 @@ class TestCommandLine:
             '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_reentrant":"false"}',
             "--label_names a b --include_for_metrics inputs loss --debug underflow_overflow",
             "--log_level info --half_precision_backend cpu_amp --save_total_limit 2",
-            '--accelerator_config {"split_batches":true} --include_num_input_tokens_seen',
+            "--include_num_input_tokens_seen --dataloader_drop_last --dataloader_num_workers 2",
         ],
     )
     def test_training_arguments_are_those_of_transformers(self, words: str) -> None:
