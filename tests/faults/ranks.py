@@ -141,7 +141,9 @@ def _until_done(
         problems = _check_processes(ended)
         if killed.code != -plan.signal:
             for own, outcome in zip(reference, ended.outcomes, strict=True):
-                problems = problems or check_end(own, outcome, saved=saved)
+                # After a kill between the last save and the removal of an older one that stays, until the next save.
+                but = "checkpoints" if outcome.told("resumed") == [max(reference[0].losses)] else ""
+                problems = problems or check_end(own, outcome, saved=saved, but=but)
             tally.note(where, problems, "finished")
             return tally
         seconds = ended.moments[1 - victim] - ended.moments[victim]
