@@ -114,6 +114,14 @@ class TestCommandLine:
         ).parse_args_into_dataclasses(line)
         assert options == same and described(mine) == described(peer)
 
+    def test_a_nested_option_is_that_of_transformers(self) -> None:
+        """Beside its arguments: its parser takes the text for a dictionary or not, by what was imported before."""
+        text = '{"split_batches":true}'
+        (mine,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*HOME, "--accelerator_config", text])
+        (home,) = transformers.HfArgumentParser(transformers.TrainingArguments).parse_args_into_dataclasses(HOME)
+        given = {name: getattr(home, name) for name in ("output_dir", "report_to", "use_cpu", "logging_dir")}
+        assert described(mine) == described(transformers.TrainingArguments(**given, accelerator_config=text))
+
     def test_the_parser_of_transformers_reads_ours(self) -> None:
         line = [*HOME, "--bf16_full_eval", "false", "--optim", "sgd", "--accelerator_config", '{"even_batches": false}']
         for kind in (TrainingArguments, Seq2SeqTrainingArguments):
