@@ -25,6 +25,7 @@ _PARTING = Case("parting", "tests.faults.rank_programs:part")
 _SECONDS = 60.0
 """From the end of one process to that of the other."""
 _RANKS = range(WORLD)
+_LAST_CALLS = 30
 _KILLED = ("killed at a moment", "killed in a save")
 Servers = tuple[Server, ...]
 
@@ -169,7 +170,10 @@ def partings(forks: Servers, *, number: int) -> list[str]:
 
 
 def _plan(random: Random, reference: Reference) -> Plan:
-    after, at = random.uniform(0.002, reference.seconds), random.randint(1, reference.calls)
+    after = random.uniform(0.002, reference.seconds)
+    # Half of them in the end of the last save, which no other one follows that would remove what it leaves.
+    first = 1 if random.random() < 0.5 else max(1, reference.calls - _LAST_CALLS)
+    at = random.randint(first, reference.calls)
     is_timed = random.random() < 0.5
     return Plan(
         trace=not is_timed,

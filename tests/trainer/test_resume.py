@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor
 
 from tests.trainer.tiny import SETTINGS, make_net, make_rows, without_times
-from trainkit import Trainer, TrainingArguments, init_state
-from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, files, lock, save
-from trainkit.io.checkpoint.commit import commit
-from trainkit.optim import sgd
+from trainkit import Trainer, TrainingArguments
+from trainkit.io.checkpoint import CheckpointError, CheckpointWarning
 from trainkit.trainer.callbacks import EarlyStoppingCallback, TrainerCallback
-from trainkit.trainer.checkpoints import numbered, verify, whole_folder
+from trainkit.trainer.checkpoints import numbered, verify
 
 ARGUMENTS: dict[str, Any] = {**SETTINGS, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
 ROOT = Path(__file__).parents[2]
@@ -456,38 +453,3 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert entries(after) == entries(whole)
     assert_same_weights(after, whole)
     assert not [p.name for p in folder.iterdir() if p.name.startswith((".staging", ".trash"))]
-
-
-def test_what_an_interrupted_save_left_is_gone_after_the_next_one(tmp_path: Path) -> None:
-    for name in (".staging-0123456789abcdef", ".trash-0123456789abcdef"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "model.safetensors").touch()
-    make(tmp_path / "run", {"max_steps": 1}).train()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
-
-
-def test_what_a_saver_is_writing_in_the_same_folder_stays(tmp_path: Path) -> None:
-    def parts() -> Iterator[bytes]:
-        yield b"begun"
-        make(tmp_path / "run", {"max_steps": 1}).train()
-        yield b"done"
-
-    (tmp_path / "run").mkdir()
-    with files.opened(tmp_path / "run") as fd:
-        commit(fd, "step-1", {"file": parts()}, lambda written: b"{}", own=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "step-1"]
-
-
-def test_what_a_trainer_is_saving_stays_when_a_state_is_saved_beside_it(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "run" / "checkpoint-1", main=True, wait=lambda: None) as staging:
-        (staging / "trainer_state.json").touch()
-        save(tmp_path / "run", init_state(make_net(), sgd(0.1)), cursor={})
-    assert numbered(tmp_path / "run") == [str(tmp_path / "run" / "checkpoint-1")]
-
-
-def test_what_another_trainer_is_saving_in_the_same_folder_stays(tmp_path: Path) -> None:
-    staging = tmp_path / "run" / ".staging-0123456789abcdef"
-    staging.mkdir(parents=True)
-    with lock.occupied(staging):
-        make(tmp_path / "run", {"max_steps": 1}).train()
-    assert staging.is_dir() and (tmp_path / "run" / "checkpoint-1").is_dir()

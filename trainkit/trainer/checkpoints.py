@@ -57,7 +57,7 @@ def whole_folder(folder: Path, *, main: bool, wait: Callable[[], None]) -> Itera
     try:
         if main:
             files.make_folder(folder.parent)
-            _remove_leftovers(folder.parent)
+            remove_interrupted(folder.parent)
             staging.mkdir()
         wait()
         try:
@@ -93,8 +93,16 @@ def _publish(staging: Path, folder: Path) -> None:
             files.remove_tree(parent, replaced)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    with files.opened(folder) as fd:
+def remove_interrupted(folder: Path) -> None:
+    """Delete what writers that died have left in a folder, if it is there, and nothing that a living one fills.
+
+    Warns: CheckpointWarning for each one that cannot be deleted.
+
+    Raises: CheckpointError if the system refused to show what is there.
+    """
+    if not folder.is_dir():
+        return
+    with files.writing(folder), files.opened(folder) as fd:
         for problem in remove_leftovers(fd, folder):
             warnings.warn(problem, CheckpointWarning, stacklevel=2)
 

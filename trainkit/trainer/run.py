@@ -207,6 +207,8 @@ class Run(Companions):
             finish_deepspeed(settings, self.args, self.model, max_steps)
 
     def _prepare_state(self, args: TrainingArguments, trial: Any, max_steps: int) -> None:
+        if args.should_save:
+            checkpoints.remove_interrupted(Path(self._get_output_dir(trial)))
         self.state = self._new_state()
         self.state.is_hyper_param_search = trial is not None
         self.state.train_batch_size = self._train_batch_size

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.io.checkpoint.format import Leaves, flatten_state
-from trainkit.io.checkpoint.tensors import PIECE, Slot, extent, layout, memory_of
+from trainkit.io.checkpoint.tensors import Slot, extent, layout, memory_of
 from trainkit.state import TrainState
 from trainkit.tree import is_tree
 
 _LARGE = 2**17
 """Bytes from which on torch copies a tensor with several threads."""
+_PIECE = 2**19
+"""Bytes that a thread copies at a time: with twice as many, or half, two threads need a tenth longer for them."""
 _THREADS = 4
 """At most, of those that torch may have."""
-_FEW = 1000
-"""Small tensors that are copied sooner than a thread is started for them."""
+_FEW = 500
+"""Small tensors that a thread copies at a time; as few are copied sooner than another thread is started."""
 _PLAIN = {Tensor, nn.Parameter}
 _kind = operator.attrgetter("dtype", "shape", "device")
 
@@ -69,6 +71,7 @@ class HostMemory:
         self._into: list[Tensor] = []
         self._large: dict[int, int] = {}
         self._small: list[int] = []
+        self._into_small: list[Tensor] = []
         self._copy = Copy({}, {})
         self.slots: dict[str, list[Slot]] = {}
         """Where each leaf of the last state lies in its file."""
@@ -99,12 +102,13 @@ class HostMemory:
         Args:
             tensors: of the state that :meth:`leaves` was asked for last.
         """
-        large, small = self._large, self._small
+        large, small, into = self._large, self._small, self._into_small
         if not all(map(_is_plain_memory, (tensors[i] for i in large))):
             large = {i: address for i, address in large.items() if _is_plain_memory(tensors[i])}
             small = [i for i in range(len(tensors)) if i not in large]
+            into = [self._into[i] for i in small]
         with _ordinary_tensors():
-            into, rest = [self._into[i] for i in small], _as_copied(tensors, self._of_bytes, small)
+            rest = _as_copied(tensors, self._of_bytes, small)
         if all(device.type == "cpu" for device in self._devices):
             _in_threads([partial(_copy_tensors, *part) for part in _parts(into, rest)], _threads())
         else:
@@ -135,6 +139,7 @@ class HostMemory:
         large = (i for i, t in enumerate(tensors) if t.is_cpu and t.nbytes >= _LARGE)
         self._large = {i: views[i].data_ptr() for i in large}
         self._small = [i for i in range(len(tensors)) if i not in self._large]
+        self._into_small = [self._into[i] for i in self._small]
 
     def _sized(self, file: str, size: int, pinned: bool) -> Tensor:
         flat = self._memory.get(file)
@@ -223,15 +228,14 @@ def _next(todo: deque[Callable[[], object]]) -> Callable[[], object] | None:
 def _by_piece(into: int, tensor: Tensor) -> Iterator[Callable[[], object]]:
     """What copies a tensor's memory to an address, a piece at a time."""
     of, size = tensor.data_ptr(), tensor.nbytes
-    for start in range(0, size, PIECE):
+    for start in range(0, size, _PIECE):
         # Other threads run meanwhile. What NumPy and torch have for it takes as long again to be called.
-        yield partial(ctypes.memmove, into + start, of + start, min(PIECE, size - start))
+        yield partial(ctypes.memmove, into + start, of + start, min(_PIECE, size - start))
 
 
 def _parts(into: list[Tensor], of: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Small tensors and what is copied into them, a part for each thread."""
-    share = max(_FEW, -(-len(into) // _threads()))
-    return [(into[i : i + share], of[i : i + share]) for i in range(0, len(into), share)]
+    """Small tensors and what is copied into them, in parts that a thread takes."""
+    return [(into[i : i + _FEW], of[i : i + _FEW]) for i in range(0, len(into), _FEW)]
 
 
 def _copy_tensors(into: list[Tensor], of: list[Tensor]) -> None:
