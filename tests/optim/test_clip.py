@@ -58,6 +58,18 @@ def test_global_norm_equals_clip_grad_norm_to_the_bit(
         assert torch.equal(ours, parameter.grad)
 
 
+@given(shapes, st.integers(0, 99), st.floats(0.998, 1.002))
+def test_global_norm_near_the_limit_equals_clip_grad_norm_to_the_bit(
+    shapes: list[tuple[int, ...]], seed: int, distance: float
+) -> None:
+    grads = random_tree(shapes, seed, torch.float32)
+    max_norm = max(1e-6, distance * float(tree.global_norm(grads.values())))
+    theirs = as_parameters(grads)
+    nn.utils.clip_grad_norm_(theirs, max_norm)
+    for ours, parameter in zip(updates_of(clip_by_global_norm(max_norm), grads).values(), theirs, strict=True):
+        assert torch.equal(ours, parameter.grad)
+
+
 @given(shapes, st.integers(0, 99))
 def test_the_norm_of_half_precision_is_taken_in_float32(shapes: list[tuple[int, ...]], seed: int) -> None:
     grads = random_tree(shapes, seed, torch.bfloat16)

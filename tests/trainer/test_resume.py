@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.trainer.tiny import SETTINGS, make_net, make_rows, without_times
 from trainkit import Trainer, TrainingArguments
 from trainkit.io.checkpoint import CheckpointError, CheckpointWarning
 from trainkit.trainer.callbacks import EarlyStoppingCallback, TrainerCallback
-from trainkit.trainer.checkpoints import numbered, verify
+from trainkit.trainer.checkpoints import load_weights, numbered, verify
 
 ARGUMENTS: dict[str, Any] = {**SETTINGS, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
 ROOT = Path(__file__).parents[2]
@@ -318,6 +319,13 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     make(tmp_path, {"max_steps": 1}).train()
     with pytest.raises(CheckpointError, match="another model's"):
         make(tmp_path, model=torch.nn.Linear(2, 2)).train(resume_from_checkpoint=True)
+
+
+def test_complex_weights_for_a_real_model_are_refused(tmp_path: Path) -> None:
+    weights = make_net().state_dict()
+    save_file({name: t.to(torch.complex64) for name, t in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"another model's \(complex for real: first.bias"):
+        load_weights(tmp_path, make_net(), strict=False)
 
 
 # -- what counts after a change of settings ---------------------------------------------------------------------------

@@ -12,6 +12,10 @@ from trainkit.optim.torch_kernels import device_of
 from trainkit.optim.transform import REPORT, Transform, stateless, transform, with_entries
 from trainkit.types import OptState, Params
 
+_EPS = 1e-6
+_SURELY_BELOW = 0.999
+"""Of a limit: below that no rounding makes a quotient of limit and norm less than 1."""
+
 
 def clip_by_global_norm(max_norm: float) -> Transform:
     """Scale all updates together so that their joint L2 norm is at most ``max_norm``.
@@ -41,9 +45,11 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     def update(grads: Params, opt_state: OptState, params: Params, /, **extra: Any) -> tuple[Params, OptState]:
         norm = tree.global_norm(tree.leaves(grads))
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        report = tree.assign(opt_state[REPORT], [norm.float()])
-        return tree.scaled(grads, factor), with_entries(opt_state, {REPORT: report})
+        new_state = with_entries(opt_state, {REPORT: tree.assign(opt_state[REPORT], [norm.float()])})
+        if tree.has_foreach() and norm.is_cpu and norm.item() + _EPS < _SURELY_BELOW * max_norm:
+            # One look at a number on the host is sooner done than the kernels that find a factor of 1.
+            return grads, new_state
+        return tree.scaled(grads, torch.clamp(max_norm / (norm + _EPS), max=1.0)), new_state
 
     return transform(init, update)
 
@@ -97,7 +103,7 @@ def clip_by_unit_norm(max_norm: float) -> Transform:
     _check_positive("max_norm", max_norm)
 
     def clipped(update: Tensor) -> Tensor:
-        return update * torch.clamp(max_norm / (unit_norms(update) + 1e-6), max=1.0).to(update.dtype)
+        return update * torch.clamp(max_norm / (unit_norms(update) + _EPS), max=1.0).to(update.dtype)
 
     return stateless(lambda updates, params: tree.map_tensors(clipped, updates))
 

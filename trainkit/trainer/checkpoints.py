@@ -24,6 +24,7 @@ from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, files, lo
 from trainkit.io.checkpoint.commit import STAGING, publish, remove, remove_leftovers
 from trainkit.io.checkpoint.interop import read_torch_file
 from trainkit.io.checkpoint.model_files import first_names, flush_all
+from trainkit.io.checkpoint.partial import is_complex_for_real
 from trainkit.trainer.foreign import is_peft_model, is_pretrained_model, unwrapped
 from trainkit.trainer.state import TrainerState
 
@@ -327,7 +328,7 @@ def load_weights(folder: str | Path, model: Any, *, strict: bool = True) -> tupl
 
     Raises:
         ValueError: there are no weights in the folder.
-        CheckpointError: other names or shapes, before anything changes.
+        CheckpointError: other names or shapes, or complex numbers for real ones, before anything changes.
     """
     folder, module = Path(folder), unwrapped(model)
     if is_peft_model(module):
@@ -338,8 +339,9 @@ def load_weights(folder: str | Path, model: Any, *, strict: bool = True) -> tupl
     lacking = [n for n in own if n not in named and first.get(n, n) not in named and n not in _not_saved(module)]
     foreign = [n for n in named if n not in own]
     shapes = [n for n, t in named.items() if n in own and own[n].shape != t.shape]
-    if strict and (lacking or foreign or shapes):
-        texts = {"missing": lacking, "not in the model": foreign, "of another shape": shapes}
+    lossy = [n for n, t in named.items() if n in own and is_complex_for_real(t, own[n])]
+    if lossy or (strict and (lacking or foreign or shapes)):
+        texts = {"missing": lacking, "not in the model": foreign, "of another shape": shapes, "complex for real": lossy}
         found = "; ".join(f"{text}: {', '.join(names[:5])}" for text, names in texts.items() if names)
         raise CheckpointError(f"{folder}: it is another model's ({found})")
     module.load_state_dict({n: t for n, t in named.items() if n in own and n not in shapes}, strict=False)

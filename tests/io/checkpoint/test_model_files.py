@@ -301,3 +301,10 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, make_state: Callable[...
     same = import_model(export_model(state, tmp_path / "m"), make_state(4))
     assert all(torch.equal(same.params[name], t) for name, t in state.params.items())
     assert all(torch.equal(same.buffers[name], t) for name, t in state.buffers.items())
+
+
+def test_complex_weights_for_a_real_model_are_refused(tmp_path: Path, make_state: Callable[..., TrainState]) -> None:
+    state = make_state(3)
+    save_file({name: t.to(torch.complex64) for name, t in state.params.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: is another model .* complex numbers for real ones"):
+        import_model(tmp_path / "model.safetensors", state)

@@ -90,3 +90,9 @@ def test_patterns_are_of_two_kinds(state: TrainState) -> None:
 def test_patterns_that_cannot_be_meant_are_refused(state: TrainState, patterns: Any, kind: Any, text: str) -> None:
     with pytest.raises(kind, match=text):
         restore_partial(state, weights(network(4)), patterns)
+
+
+def test_complex_numbers_for_real_ones_are_refused(state: TrainState) -> None:
+    pretrained = {name: t.to(torch.complex64) for name, t in weights(network(4)).items()}
+    with pytest.raises(TypeError, match=r"complex numbers for real ones of the state: backbone\.0\.weight, "):
+        restore_partial(state, pretrained, ["backbone.*"])

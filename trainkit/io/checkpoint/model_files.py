@@ -114,7 +114,8 @@ def import_model(path: str | Path, state: TrainState, *, module: nn.Module | Non
         state: of the same model; not changed.
         module: the model, where the file may name tied weights otherwise or lack non-persistent buffers.
 
-    Raises: CheckpointError as :func:`read_model`, and for names or shapes that differ, which it lists.
+    Raises: CheckpointError as :func:`read_model`, and for names or shapes that differ, or complex numbers for
+        real ones, which it lists.
 
     Example:
         >>> import tempfile
@@ -129,7 +130,10 @@ def import_model(path: str | Path, state: TrainState, *, module: nn.Module | Non
     found = read_model(path)
     if module is not None:
         found = _under_first_names(found, module, path)
-    new, report = restore_partial(state, found, ["*"])
+    try:
+        new, report = restore_partial(state, found, ["*"])
+    except TypeError as error:
+        raise CheckpointError(f"{path}: is another model than the state's: {error}") from error
     not_saved = set() if module is None else _names(state) - saved_names(module)
     missing = [name for name in report.missing if name not in not_saved]
     problems = {

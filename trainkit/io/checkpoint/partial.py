@@ -70,7 +70,8 @@ def restore_partial(
 
     Raises:
         ValueError: no patterns, or a pattern that fits no name of the state (the text shows some names).
-        TypeError: a string in the place of a list of patterns.
+        TypeError: a string in the place of a list of patterns; or a tensor is complex and the state's is not, whose
+            imaginary part would be lost.
 
     Example:
         >>> from torch import nn
@@ -89,6 +90,8 @@ def restore_partial(
     found = [name for name in own if name in wanted and name in tensors]
     fits = [name for name in found if tensors[name].shape == own[name].shape]
     taken = set(fits)
+    if lossy := [name for name in fits if is_complex_for_real(tensors[name], own[name])]:
+        raise TypeError(f"tensors: complex numbers for real ones of the state: {_some(lossy)}. Give their real parts")
     report = Report(
         restored=tuple(fits),
         missing=tuple(name for name in own if name in wanted and name not in tensors),
@@ -99,6 +102,11 @@ def restore_partial(
     )
     new = state.replace(params=_filled(state.params, tensors, taken), buffers=_filled(state.buffers, tensors, taken))
     return new, report
+
+
+def is_complex_for_real(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor cannot be copied into another without the loss of an imaginary part."""
+    return tensor.is_complex() and not own.is_complex()
 
 
 def _fitting(names: list[str], patterns: Sequence[Pattern]) -> set[str]:
