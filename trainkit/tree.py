@@ -167,9 +167,9 @@ def leaves(tree: TensorDict) -> list[Tensor]:
     So :func:`kinds` and :func:`are_contiguous` look at the tensors of a state once, and not in every step.
     """
     tensors: Any = tree.values()
-    memory = getattr(tree, "__dict__", None)
-    if memory is None or torch.compiler.is_compiling() or under_vmap():
+    if torch.compiler.is_compiling() or under_vmap() or not hasattr(tree, "__dict__"):
         return list(tensors)
+    memory = tree.__dict__
     kept = memory.get(_LEAVES)
     if type(kept) is not Leaves or len(kept) != len(tensors) or not all(map(operator.is_, kept, tensors)):
         kept = memory[_LEAVES] = Leaves(tensors)
