@@ -35,7 +35,7 @@ def test_what_an_interrupted_save_left_is_gone_after_the_next_save(tmp_path: Pat
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
-def test_what_an_interrupted_save_left_is_gone_after_the_next_run(tmp_path: Path) -> None:
+def test_what_an_interrupted_save_left_is_gone_once_the_next_run_has_begun(tmp_path: Path) -> None:
     train(tmp_path / "run")
     interrupt(tmp_path / "run")
     # It has nothing left to do, so it does not save.

@@ -207,6 +207,9 @@ class Run(Companions):
             finish_deepspeed(settings, self.args, self.model, max_steps)
 
     def _prepare_state(self, args: TrainingArguments, trial: Any, max_steps: int) -> None:
+        if args.should_save:
+            # Not by an override, which is called as often as transformers calls it; every save does it too.
+            checkpoints.remove_interrupted(Path(Companions._get_output_dir(self, trial)))
         self.state = self._new_state()
         self.state.is_hyper_param_search = trial is not None
         self.state.train_batch_size = self._train_batch_size
@@ -328,13 +331,9 @@ class Run(Companions):
         self.is_in_train = False
         self._memory_tracker.stop_and_update_metrics("train", metrics)
         self.log(metrics)
-        folder = self._get_output_dir(trial)
-        found = self._sorted_checkpoints(use_mtime=False, output_dir=folder)
+        found = self._sorted_checkpoints(use_mtime=False, output_dir=self._get_output_dir(trial))
         if self.args.should_save and self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
             checkpoints.keep_only(self.state.best_model_checkpoint, found)
-        if self.args.should_save:
-            # A save does it too, but this run may have had nothing left to save.
-            checkpoints.remove_interrupted(Path(folder))
         self._fire("on_train_end")
         self._finish_current_push()
         return TrainOutput(self.state.global_step, loss, metrics)
