@@ -348,7 +348,7 @@ def _filled(names: list[str], inputs: list[Tensor], found: Any, unused: str) -> 
     ):
         # Autograd gives every tensor a gradient in its own dtype, on its own device.
         kinds = {(Tensor, dtype, device) for _, dtype, device in tree.kinds(inputs)}
-        return tree.noted(tree.frozen(dict(zip(names, found, strict=True))), kinds)
+        return tree.noted(dict(zip(names, found, strict=True)), kinds)
     missing = [name for name, g in zip(names, found, strict=True) if g is None]
     if missing and unused == "error":
         raise unreached(missing)

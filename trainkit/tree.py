@@ -204,8 +204,11 @@ def _ids(tensors: Sequence[Tensor]) -> frozenset[int]:
     return found
 
 
-def noted(tree: TensorDict, kinds: Collection[Kind]) -> TensorDict:
-    """A flat tree of contiguous tensors of known kinds, which nobody needs to look at."""
+def noted(entries: dict[str, Tensor], kinds: Collection[Kind]) -> TensorDict:
+    """A locked flat tree of plain contiguous tensors of known kinds, which nobody needs to look at; not in a graph."""
+    from tensordict import TensorDict
+
+    tree = TensorDict(entries, batch_size=_NO_BATCH, lock=True)
     known = leaves(tree)
     if type(known) is Leaves:
         known.kinds, known.contiguous = kinds, True
