@@ -18,6 +18,8 @@ from trainkit.io.checkpoint.manifest import Manifest, digest_of
 from trainkit.io.checkpoint.tensors import TensorRecord, tensor_records
 from trainkit.state import TrainState
 
+_HOST_BYTES = 64 * 2**20
+"""That are held on the host for tensors elsewhere, before they are copied there."""
 _LISTED = 20
 """How many differences an error lists of each kind."""
 
@@ -184,17 +186,31 @@ def _load_tensors(
     found: dict[str, Tensor] = {}
 
     def read(reader: tensors.Reader, slots: list[tensors.Slot]) -> None:
+        elsewhere: list[tuple[Tensor, Tensor]] = []
+        held = 0
         for slot in slots:
             found[slot.name] = new = tensors.empty_like(like[slot.name])
-            if new.is_cpu and new.is_contiguous():
-                reader.fill(tensors.memory_of(new))
-            else:
+            host = new
+            if not (new.is_cpu and new.is_contiguous()):
                 host = torch.empty(slot.shape, dtype=slot.dtype, device="cpu")
-                reader.fill(tensors.memory_of(host))
-                new.copy_(host)
+                elsewhere.append((new, host))
+                held += host.nbytes
+            reader.fill(tensors.memory_of(host))
+            if held >= _HOST_BYTES:
+                _move(reader, elsewhere)
+                held = 0
+        _move(reader, elsewhere)
 
     _read_tensors(folder, file, manifest, path, read)
     return found
+
+
+def _move(reader: tensors.Reader, elsewhere: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy what the host holds to where it belongs."""
+    reader.finish()
+    for new, host in elsewhere:
+        new.copy_(host)
+    elsewhere.clear()
 
 
 def _read_tensors(

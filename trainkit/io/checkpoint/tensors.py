@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,7 +53,13 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 CHUNK = 8 * 2**20
 """Bytes that are digested and written at a time."""
 PIECE = 2 * 2**20
-"""Bytes that are read or copied at a time. Those before are digested meanwhile, from the processor's cache."""
+"""Bytes that a thread reads at a time. Those before are digested meanwhile, from the processor's cache."""
+_THREADS = 4
+"""At most, of those that torch may have. One alone waits longer for new memory than for the disk's."""
+_AHEAD = 4
+"""Pieces that are on their way."""
+_PARTS = 1000
+"""That the system takes at a time."""
 _LENGTH = 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character, which JSON can write and UTF-8 cannot."""
@@ -226,47 +233,55 @@ def _sizes(value: Any) -> bool:
 
 
 class Reader:
-    """Reads a file into memory, from where its descriptor stands, while a thread digests what was read before.
+    """Reads a file into memory, from where its descriptor stands, with some threads, and digests it in its order.
 
-    What was filled must stay as it is until the digest is complete.
+    What is filled must stay as it is until :meth:`finish`.
 
     Args:
-        fd: of the file.
+        fd: of the file; it stays where it stands.
         hasher: is fed all that is read, in order.
         what: the file, for error messages.
     """
 
     def __init__(self, fd: int, hasher: Hasher, what: str) -> None:
         self._fd, self._hasher, self._what = fd, hasher, what
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead: Future[None] | None = None
+        self._at = os.lseek(fd, 0, os.SEEK_CUR)
+        self._threads = ThreadPoolExecutor(min(_THREADS, torch.get_num_threads()))
+        self._ahead: deque[tuple[Future[None], list[memoryview]]] = deque()
         self._parts: list[memoryview] = []
         self._size = 0
 
     def fill(self, memory: memoryview) -> None:
-        """Fill memory with the next bytes.
+        """Let memory be filled with the next bytes: it is so after :meth:`finish`.
 
-        Raises: DamageError if the file ends before.
+        Raises: DamageError if the file ends before what was filled earlier.
         """
         for start in range(0, len(memory), PIECE):
             part = memory[start : start + PIECE]
-            fill(self._fd, part, self._what)
             # Small ones are collected: a thread that is told of each would cost more than it saves.
             self._parts.append(part)
             self._size += len(part)
-            if self._size >= PIECE:
-                self._wait()
-                self._ahead = self._thread.submit(_digest, self._hasher, self._taken())
+            if self._size >= PIECE or len(self._parts) == _PARTS:
+                self._read()
+                self._digest(_AHEAD)
+
+    def finish(self) -> None:
+        """Wait until all memory is filled and digested.
+
+        Raises: DamageError if the file ends before.
+        """
+        self._read()
+        self._digest(0)
 
     def skim(self, count: int) -> None:
         """Digest the next bytes, and keep none of them.
 
         Raises: DamageError if the file ends before.
         """
-        # One is filled while the other is digested.
-        pieces = [memoryview(bytearray(min(PIECE, count))) for _ in range(2)]
+        # One more than are on their way.
+        pieces = [memoryview(bytearray(min(PIECE, count))) for _ in range(_AHEAD + 1)]
         for i, start in enumerate(range(0, count, PIECE)):
-            self.fill(pieces[i % 2][: min(PIECE, count - start)])
+            self.fill(pieces[i % len(pieces)][: min(PIECE, count - start)])
 
     def __enter__(self) -> Reader:
         return self
@@ -274,24 +289,45 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The digest is complete after this.
-        self._thread.shutdown()
-        if error is None:
-            self._wait()
-            _digest(self._hasher, self._taken())
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
 
-    def _wait(self) -> None:
-        if self._ahead is not None:
-            self._ahead.result()
+    def _read(self) -> None:
+        """Let a thread fill what was collected."""
+        if self._parts:
+            reading = self._threads.submit(_fill_at, self._fd, self._parts, self._at, self._what)
+            self._ahead.append((reading, self._parts))
+            self._at += self._size
+            self._parts, self._size = [], 0
 
-    def _taken(self) -> list[memoryview]:
-        parts, self._parts, self._size = self._parts, [], 0
-        return parts
+    def _digest(self, but: int) -> None:
+        """All that is on its way but the last ones."""
+        while len(self._ahead) > but:
+            reading, parts = self._ahead.popleft()
+            reading.result()
+            for part in parts:
+                self._hasher.update(part)
 
 
-def _digest(hasher: Hasher, parts: list[memoryview]) -> None:
-    for part in parts:
-        hasher.update(part)
+def _fill_at(fd: int, parts: list[memoryview], offset: int, what: str) -> None:
+    while parts:
+        count = os.preadv(fd, parts, offset)
+        if count == 0:
+            raise DamageError(f"{what}: ends too early")
+        offset += count
+        parts = _behind(parts, count)
+
+
+def _behind(parts: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of memory after the first ``count`` bytes."""
+    for i, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[i + 1 :]]
+        count -= len(part)
+    return []
 
 
 def _read(fd: int, count: int, what: str) -> bytes:
