@@ -55,7 +55,7 @@ CHUNK = 8 * 2**20
 PIECE = 2 * 2**20
 """Bytes that a thread reads at a time. Those before are digested meanwhile, from the processor's cache."""
 _THREADS = 4
-"""At most, of those that torch may have. One alone waits longer for new memory than for the disk's."""
+"""At most, of those that torch may have. What they wait for most is new memory, which the system clears."""
 _AHEAD = 4
 """Pieces that are on their way."""
 _PARTS = 1000
