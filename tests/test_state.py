@@ -1,6 +1,7 @@
 """TrainState: what goes where, how it is replaced, and what the host knows of it."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -75,6 +76,18 @@ def test_replace_shares_the_rest_and_leaves_the_original() -> None:
     other = state.replace(key=torch.tensor(5))
     assert other.params is state.params
     assert (int(state.key), int(other.key)) == (0, 5)
+
+
+def test_replace_keeps_what_a_subclass_adds_and_does_not_look_at_what_it_exchanges() -> None:
+    @dataclass(frozen=True)
+    class Noted(TrainState):
+        note: int = 0
+
+    state = init_state(nn.Linear(2, 1), sgd(0.1))
+    fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    assert Noted(**fields, note=7).replace(step=state.step + 1).note == 7
+    spend(state)
+    assert state.replace(**fields).params is fields["params"]
 
 
 def test_the_host_knows_the_step_of_states_that_follow_one_it_knows() -> None:

@@ -118,6 +118,19 @@ def test_parameters_that_are_added_share_a_gradient_and_are_updated_apart(gradie
         torch.testing.assert_close(after.params[name], (p - 0.5 * p.grad).detach())
 
 
+def test_what_is_done_to_a_gradient_that_is_the_factor_does_not_reach_the_metrics() -> None:
+    """Autograd gives a number that the loss is a sum with the very tensor that the backward pass starts from."""
+    module = nn.ParameterDict({name: nn.Parameter(torch.ones(1)) for name in ("weight", "bias")})
+    tx = chain(clip_by_global_norm(0.5), sgd(0.1))
+
+    def loss(params: Any, buffers: Any, x: Tensor) -> LossOutput:
+        return LossOutput(params["bias"].sum() + (params["weight"] * x).sum(), 1)
+
+    after, metrics = make_train_step(loss, tx)(init_state(module, tx), torch.tensor([2.0]))
+    assert float(metrics["loss"].compute()) == 3.0
+    torch.testing.assert_close(after.params["bias"], torch.tensor([1 - 0.1 * 0.5 / 5**0.5]))
+
+
 def test_the_short_way_is_the_composition() -> None:
     module = make_module()
     tx, loss = sgd(0.1), module_loss(module, classification)

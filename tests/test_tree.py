@@ -33,6 +33,13 @@ def test_a_frozen_tree_refuses_writes_and_keeps_the_tensors() -> None:
             write()
 
 
+def test_a_mapping_of_somebody_else_is_only_read() -> None:
+    weights = torch.nn.Linear(2, 1).state_dict()
+    before = set(vars(weights))
+    assert tree.leaves(weights) == list(weights.values())
+    assert set(vars(weights)) == before
+
+
 def test_trees_that_were_part_of_others_are_not_kept_alive() -> None:
     part = make(w=1.0)
     alive = weakref.ref(tree.frozen({"part": part}))

@@ -288,8 +288,7 @@ def multipliers(
     if not mean or loss_sum.dtype not in (torch.float32, torch.float64):
         return None, None
     if isinstance(given, (int, float)) and 0 < given < 2**24 and given == int(given):
-        is_own_inverse = given == 1 and weight.dtype == loss_sum.dtype
-        return None, weight if is_own_inverse else torch.full_like(loss_sum, 1 / given)
+        return None, torch.full_like(loss_sum, 1 / given)
     return None, inverse(weight.to(loss_sum.dtype))
 
 

@@ -51,8 +51,8 @@ class TrainState:
     def replace(self, **changes: Any) -> TrainState:
         """A new state with some fields exchanged; the rest is shared."""
         # What `dataclasses.replace` does, in half of the time.
-        own = {name: getattr(self, name) for name in TrainState.__dataclass_fields__}
-        return type(self)(**{**own, **changes})
+        own = {name: getattr(self, name) for name in type(self).__dataclass_fields__ if name not in changes}
+        return type(self)(**own, **changes)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has tensors of its own, of which nothing that is kept beside the fields would be true.

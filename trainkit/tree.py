@@ -167,7 +167,7 @@ def leaves(tree: TensorDict) -> list[Tensor]:
     So :func:`kinds` and :func:`are_contiguous` look at the tensors of a state once, and not in every step.
     """
     tensors: Any = tree.values()
-    if torch.compiler.is_compiling() or under_vmap() or not hasattr(tree, "__dict__"):
+    if torch.compiler.is_compiling() or under_vmap() or not hasattr(tree, "is_locked"):
         return list(tensors)
     memory = tree.__dict__
     kept = memory.get(_LEAVES)

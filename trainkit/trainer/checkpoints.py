@@ -60,17 +60,17 @@ def whole_folder(folder: Path, *, main: bool, wait: Callable[[], None]) -> Itera
             files.make_folder(folder.parent)
             remove_interrupted(folder.parent)
             staging.mkdir()
-        wait()
-        try:
-            with lock.occupied(staging) if main else nullcontext():
+        with lock.occupied(staging) if main else nullcontext():
+            try:
+                wait()
                 yield staging
                 wait()
                 if main:
                     _publish(staging, folder)
-        except BaseException:
-            if main:
-                _remove(staging)
-            raise
+            except BaseException:
+                if main:
+                    _remove(staging)
+                raise
         wait()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror} (errno {error.errno})") from error
@@ -97,15 +97,17 @@ def _publish(staging: Path, folder: Path) -> None:
 def remove_interrupted(folder: Path) -> None:
     """Delete what writers that died have left in a folder, if it is there, and nothing that a living one fills.
 
-    Warns: CheckpointWarning for each one that cannot be deleted.
-
-    Raises: CheckpointError if the system refused to show what is there.
+    Warns: CheckpointWarning for each one that cannot be deleted, or if the system does not show what is there.
     """
-    if not folder.is_dir():
+    try:
+        with files.opened(folder) as fd:
+            problems = remove_leftovers(fd, folder)
+    except FileNotFoundError:
         return
-    with files.writing(folder), files.opened(folder) as fd:
-        for problem in remove_leftovers(fd, folder):
-            warnings.warn(problem, CheckpointWarning, stacklevel=2)
+    except OSError as error:
+        problems = [f"{folder}: what interrupted saves may have left cannot be deleted: {error.strerror}"]
+    for problem in problems:
+        warnings.warn(problem, CheckpointWarning, stacklevel=2)
 
 
 def _remove(path: Path) -> None:
@@ -339,7 +341,7 @@ def load_weights(folder: str | Path, model: Any, *, strict: bool = True) -> tupl
     lacking = [n for n in own if n not in named and first.get(n, n) not in named and n not in _not_saved(module)]
     foreign = [n for n in named if n not in own]
     shapes = [n for n, t in named.items() if n in own and own[n].shape != t.shape]
-    lossy = [n for n, t in named.items() if n in own and is_complex_for_real(t, own[n])]
+    lossy = [n for n, t in named.items() if n in own and n not in shapes and is_complex_for_real(t, own[n])]
     if lossy or (strict and (lacking or foreign or shapes)):
         texts = {"missing": lacking, "not in the model": foreign, "of another shape": shapes, "complex for real": lossy}
         found = "; ".join(f"{text}: {', '.join(names[:5])}" for text, names in texts.items() if names)

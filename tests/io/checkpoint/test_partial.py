@@ -92,7 +92,10 @@ def test_patterns_that_cannot_be_meant_are_refused(state: TrainState, patterns: 
         restore_partial(state, weights(network(4)), patterns)
 
 
-def test_complex_numbers_for_real_ones_are_refused(state: TrainState) -> None:
-    pretrained = {name: t.to(torch.complex64) for name, t in weights(network(4)).items()}
-    with pytest.raises(TypeError, match=r"complex numbers for real ones of the state: backbone\.0\.weight, "):
-        restore_partial(state, pretrained, ["backbone.*"])
+def test_complex_numbers_do_not_lose_their_imaginary_part(state: TrainState) -> None:
+    pretrained = weights(network(4))
+    pretrained["head.bias"] = pretrained["head.bias"].to(torch.complex64)
+    new, report = restore_partial(state, pretrained, ["head.*"])
+    assert (report.restored, report.complex_for_real) == (("head.weight",), ("head.bias",))
+    assert not report.shape_mismatches and "1 complex for real ones, kept: head.bias" in str(report)
+    assert torch.equal(new.params["head.bias"], state.params["head.bias"])

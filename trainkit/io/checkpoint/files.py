@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -150,14 +150,16 @@ def _write(fd: int, memory: memoryview) -> None:
 
 
 def remove_tree(folder: int, name: str) -> None:
-    """Delete a file, a link (not what it points to), or a folder with all that is in it."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=folder)
-        return
-    with opened(name, below=folder) as fd:
-        for entry in os.listdir(fd):
-            remove_tree(fd, entry)
-    os.rmdir(name, dir_fd=folder)
+    """Delete a file, a link (not what it points to), or a folder with all that is in it, if it is still there."""
+    # Somebody else may be about to delete it too.
+    with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=folder)
+            return
+        with opened(name, below=folder) as fd:
+            for entry in os.listdir(fd):
+                remove_tree(fd, entry)
+        os.rmdir(name, dir_fd=folder)
 
 
 def exists(folder: int, name: str) -> bool:

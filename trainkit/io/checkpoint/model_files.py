@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainkit.io.checkpoint import files, strict_json, tensors
+from trainkit.io.checkpoint import files, lock, strict_json, tensors
 from trainkit.io.checkpoint.errors import CheckpointError, DamageError
 from trainkit.io.checkpoint.format import MODEL, flatten_state, safe_name, tensor_name_problem
 from trainkit.io.checkpoint.partial import restore_partial
@@ -130,16 +130,14 @@ def import_model(path: str | Path, state: TrainState, *, module: nn.Module | Non
     found = read_model(path)
     if module is not None:
         found = _under_first_names(found, module, path)
-    try:
-        new, report = restore_partial(state, found, ["*"])
-    except TypeError as error:
-        raise CheckpointError(f"{path}: is another model than the state's: {error}") from error
+    new, report = restore_partial(state, found, ["*"])
     not_saved = set() if module is None else _names(state) - saved_names(module)
     missing = [name for name in report.missing if name not in not_saved]
     problems = {
         "only in the state": missing,
         "only in the file": report.unused,
         "of another shape": [f"{n} {theirs} for {own}" for n, (theirs, own) in report.shape_mismatches.items()],
+        "complex, for real ones": report.complex_for_real,
     }
     lines = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if lines:
@@ -163,12 +161,13 @@ def new_folder(path: Path) -> Iterator[tuple[int, Path]]:
         staging = path.with_name(f".staging-{secrets.token_hex(8)}")
         staging.mkdir()
         try:
-            with files.opened(staging) as fd:
-                yield fd, staging
-                os.fsync(fd)
-            with files.opened(path.parent) as parent:
-                files.rename(parent, staging.name, path.name)
-                os.fsync(parent)
+            with lock.occupied(staging):
+                with files.opened(staging) as fd:
+                    yield fd, staging
+                    os.fsync(fd)
+                with files.opened(path.parent) as parent:
+                    files.rename(parent, staging.name, path.name)
+                    os.fsync(parent)
         except BaseException:
             _remove(staging)
             raise

@@ -27,6 +27,7 @@ class Report:
         unused: tensors that went nowhere: no pattern fits, or the state has no such name.
         untouched: names of the state that no pattern fits.
         shape_mismatches: by name the shapes (of the tensor, of the state); these kept the state's values.
+        complex_for_real: names of complex tensors where the state's are real; these kept the state's values.
         cast: by name the dtypes (of the tensor, of the state) of what was restored in another dtype.
     """
 
@@ -35,6 +36,7 @@ class Report:
     unused: tuple[str, ...]
     untouched: tuple[str, ...]
     shape_mismatches: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    complex_for_real: tuple[str, ...]
     cast: Mapping[str, tuple[torch.dtype, torch.dtype]]
 
     def __str__(self) -> str:
@@ -45,6 +47,7 @@ class Report:
             "restored": self.restored,
             "missing among the tensors": self.missing,
             "of another shape, kept": shapes,
+            "complex for real ones, kept": self.complex_for_real,
             "tensors without use": self.unused,
             "fitted by no pattern, kept": self.untouched,
             "cast": dtypes,
@@ -66,12 +69,11 @@ def restore_partial(
         patterns: which names are to be filled. A string is a shell pattern for the whole name ("encoder.*"); a
             compiled regular expression is searched for in the name.
 
-    Returns: the new state, and a report. Nothing that differs in shape is an error: look at the report.
+    Returns: the new state, and a report. Nothing that differs is an error: look at the report.
 
     Raises:
         ValueError: no patterns, or a pattern that fits no name of the state (the text shows some names).
-        TypeError: a string in the place of a list of patterns; or a tensor is complex and the state's is not, whose
-            imaginary part would be lost.
+        TypeError: a string in the place of a list of patterns.
 
     Example:
         >>> from torch import nn
@@ -89,15 +91,18 @@ def restore_partial(
     wanted = _fitting(list(own), patterns)
     found = [name for name in own if name in wanted and name in tensors]
     fits = [name for name in found if tensors[name].shape == own[name].shape]
+    lossy = tuple(name for name in fits if is_complex_for_real(tensors[name], own[name]))
+    fits = [name for name in fits if name not in lossy]
     taken = set(fits)
-    if lossy := [name for name in fits if is_complex_for_real(tensors[name], own[name])]:
-        raise TypeError(f"tensors: complex numbers for real ones of the state: {_some(lossy)}. Give their real parts")
     report = Report(
         restored=tuple(fits),
         missing=tuple(name for name in own if name in wanted and name not in tensors),
         unused=tuple(name for name in tensors if name not in own or name not in wanted),
         untouched=tuple(name for name in own if name not in wanted),
-        shape_mismatches={n: (tuple(tensors[n].shape), tuple(own[n].shape)) for n in found if n not in taken},
+        shape_mismatches={
+            n: (tuple(tensors[n].shape), tuple(own[n].shape)) for n in found if n not in taken and n not in lossy
+        },
+        complex_for_real=lossy,
         cast={n: (tensors[n].dtype, own[n].dtype) for n in fits if tensors[n].dtype != own[n].dtype},
     )
     new = state.replace(params=_filled(state.params, tensors, taken), buffers=_filled(state.buffers, tensors, taken))
