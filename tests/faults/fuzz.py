@@ -93,6 +93,8 @@ def read(emit: Emit, *, folder: str, first: int = 0, number: int = 0, seed: int 
     subjects = [subject for subject in make_subjects(base) if only in ("", subject.folder.name)]
     random = Random(0)
     codecs.lookup("latin1")
+    # Some errors of torch show a tensor, and the first one that is shown imports what it takes.
+    repr(torch.zeros(1))
     for subject in subjects:
         # What is imported and looked up on the way to an error is so before anybody watches.
         for _ in range(20):

@@ -28,6 +28,13 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "data files"]
 
 
+@pytest.fixture(autouse=True)
+def _alone() -> None:
+    """A test begins when the threads of those before it have ended: a scope does not wait for its thread."""
+    for thread in threads():
+        thread.join(60)
+
+
 @pytest.fixture
 def dropped(tmp_path: Path) -> Path:
     """A file that is on the disk and not in memory."""
