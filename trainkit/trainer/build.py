@@ -17,6 +17,7 @@ from torch import nn
 
 from trainkit.trainer.enums import ParallelMode
 from trainkit.trainer.foreign import base_of, forward_parameters, is_peft_model, is_pretrained_model, takes_any_keyword
+from trainkit.trainer.processing import check_processing
 from trainkit.trainer.samplers import has_length
 
 
@@ -31,6 +32,7 @@ def check_constructor(
     compute_metrics: Any,
     optimizers: tuple[Any, Any],
     optimizer_cls_and_kwargs: Any,
+    processing_class: Any,
 ) -> None:
     """Refuse arguments that cannot go together.
 
@@ -39,6 +41,7 @@ def check_constructor(
     Source: Trainer 4.57: ``__init__``.
     """
     optimizer, scheduler = optimizers
+    check_processing(processing_class)
     if model is None and model_init is None:
         raise RuntimeError("model: got neither a model nor model_init; expected one of them")
     if args.batch_eval_metrics and callable(compute_metrics) and not takes(compute_metrics, "compute_result"):

@@ -26,6 +26,7 @@ from trainkit.io.checkpoint.interop import read_torch_file
 from trainkit.io.checkpoint.model_files import first_names, flush_all
 from trainkit.io.checkpoint.partial import is_complex_for_real
 from trainkit.trainer.foreign import is_peft_model, is_pretrained_model, unwrapped
+from trainkit.trainer.processing import write_processing
 from trainkit.trainer.state import TrainerState
 
 STATE, ARGUMENTS, MANIFEST = "trainer_state.json", "training_args.json", "manifest.json"
@@ -301,8 +302,7 @@ def write_model(
         )
     else:
         _write_plain(Path(folder), module, state_dict, args.save_safetensors)
-    if processing is not None and hasattr(processing, "save_pretrained"):
-        processing.save_pretrained(str(folder))
+    write_processing(processing, folder)
     Path(folder, ARGUMENTS).write_text(args.to_json_string() + "\n", encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from trainkit.trainer.checkpoints import ARGUMENTS
 from trainkit.trainer.enums import HubStrategy, SaveStrategy
 from trainkit.trainer.foreign import unwrapped
+from trainkit.trainer.processing import write_processing
 from trainkit.trainer.secrets import text_without_secrets
 from trainkit.trainer.state import replacement, write_whole
 
@@ -264,8 +265,7 @@ def _bring_up_to_date(target: Path, checkpoint: Path, processing_class: Any, arg
     target.mkdir(parents=True, exist_ok=True)
     for name in _files_of_model(checkpoint):
         _replace(checkpoint / name, target / name)
-    if hasattr(processing_class, "save_pretrained"):
-        processing_class.save_pretrained(str(target))
+    write_processing(processing_class, target)
     write_whole(target / ARGUMENTS, args.to_json_string() + "\n")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainkit.trainer.processing import write_processing
 from trainkit.trainer.secrets import without_secrets
 from trainkit.trainer.state import TrainerState
 
@@ -132,5 +133,4 @@ def save_model(moment: Moment, folder: Path) -> None:
         from trainkit.io.checkpoint import export_model
 
         export_model(moment.model, folder)
-    if moment.processing_class is not None:
-        moment.processing_class.save_pretrained(folder)
+    write_processing(moment.processing_class, folder)

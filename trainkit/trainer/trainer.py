@@ -103,6 +103,7 @@ class Trainer(Run):
             compute_metrics=compute_metrics,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            processing_class=processing_class,
         )
         makers = trackers.tracker_callbacks(args.report_to)
         self.args = args

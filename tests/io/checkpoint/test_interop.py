@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from trainkit import init_state, make_train_step, run, write_to
 from trainkit.io.checkpoint import CheckpointError, CheckpointWarning, save
-from trainkit.io.checkpoint.interop import (
-    ImportedRun,
-    from_pretrained,
-    hf_decayed_names,
-    import_hf_trainer,
-    save_pretrained,
-)
+from trainkit.io.checkpoint.interop import ImportedRun, hf_decayed_names, import_hf_trainer
 from trainkit.io.checkpoint.model_files import export_model, read_model
+from trainkit.io.checkpoint.pretrained import from_pretrained, save_pretrained
 from trainkit.losses import huggingface_loss
 from trainkit.optim import adamw, chain, clip_by_global_norm, from_torch, partition, sgd
 from trainkit.schedules import linear, warmup

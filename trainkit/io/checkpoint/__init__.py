@@ -3,9 +3,7 @@
 from trainkit.io.checkpoint.errors import CheckpointError as CheckpointError
 from trainkit.io.checkpoint.errors import CheckpointWarning as CheckpointWarning
 from trainkit.io.checkpoint.errors import DamageError as DamageError
-from trainkit.io.checkpoint.interop import from_pretrained as from_pretrained
 from trainkit.io.checkpoint.interop import import_hf_trainer as import_hf_trainer
-from trainkit.io.checkpoint.interop import save_pretrained as save_pretrained
 from trainkit.io.checkpoint.listing import checkpoints as checkpoints
 from trainkit.io.checkpoint.loader import Restored as Restored
 from trainkit.io.checkpoint.loader import latest as latest
@@ -19,6 +17,8 @@ from trainkit.io.checkpoint.model_files import import_model as import_model
 from trainkit.io.checkpoint.model_files import read_model as read_model
 from trainkit.io.checkpoint.partial import Report as Report
 from trainkit.io.checkpoint.partial import restore_partial as restore_partial
+from trainkit.io.checkpoint.pretrained import from_pretrained as from_pretrained
+from trainkit.io.checkpoint.pretrained import save_pretrained as save_pretrained
 from trainkit.io.checkpoint.retention import Retention as Retention
 from trainkit.io.checkpoint.saver import Saver as Saver
 from trainkit.io.checkpoint.writer import save as save

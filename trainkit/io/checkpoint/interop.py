@@ -1,4 +1,4 @@
-"""What transformers writes and reads: its model folders, and the checkpoints of its Trainer.
+"""What transformers' Trainer writes: its checkpoints.
 
 The only module that unpickles, and only with ``torch.load(weights_only=True)``, which builds tensors, numbers, strings
 and containers of them and nothing else.
@@ -6,7 +6,6 @@ and containers of them and nothing else.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from trainkit import tree
 from trainkit.io.checkpoint import files
 from trainkit.io.checkpoint.errors import CheckpointError, CheckpointWarning
-from trainkit.io.checkpoint.format import flatten_state, flatten_tree, split_path, unflatten_tree
-from trainkit.io.checkpoint.model_files import first_names, flush_all, import_model, new_folder, read_model
+from trainkit.io.checkpoint.format import flatten_tree, split_path, unflatten_tree
+from trainkit.io.checkpoint.model_files import import_model
 from trainkit.io.checkpoint.pickles import check_pickle
 from trainkit.optim.transform import REPORT, Transform
 from trainkit.state import TrainState, init_state
@@ -43,89 +42,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 _Memory = dict[str, dict[str, Tensor]]
 """By slot ("exp_avg"), then by the name of the parameter."""
-
-
-def save_pretrained(module: nn.Module, state: TrainState, folder: str | Path, **options: Any) -> Path:
-    """A folder that ``from_pretrained`` of the module's class reads, with the weights of the state.
-
-    The module writes it, and is not changed. The folder appears whole, or not at all.
-
-    Args:
-        module: a model of transformers, the one that the state is of.
-        state: whose parameters and buffers are written.
-        folder: must not exist yet, or be empty.
-        options: passed on to ``module.save_pretrained`` (``max_shard_size``).
-
-    Returns: the folder.
-
-    Raises:
-        TypeError: the module has no ``save_pretrained`` that takes weights.
-        CheckpointError: the state is another model's; there is something at ``folder``; or the system refused.
-
-    Example:
-        >>> import tempfile
-        >>> from transformers import BertConfig, BertModel
-        >>> from trainkit.optim import sgd
-        >>> sizes = dict(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertModel(BertConfig(**sizes))
-        >>> with tempfile.TemporaryDirectory() as runs:
-        ...     folder = save_pretrained(model, init_state(model, sgd(0.1)), Path(runs, "final"))
-        ...     sorted(file.name for file in folder.iterdir())
-        ['config.json', 'model.safetensors']
-    """
-    save = getattr(module, "save_pretrained", None)
-    if save is None or "state_dict" not in inspect.signature(save).parameters:
-        raise TypeError(
-            f"module: {type(module).__name__} has no save_pretrained(folder, state_dict=...); "
-            "expected a model of transformers. Use export_model for others"
-        )
-    named = flatten_state(state).model
-    first = first_names(module)
-    lacking = [name for name in module.state_dict() if first.get(name, name) not in named]
-    if lacking:
-        raise CheckpointError(f"state: has no {lacking[0]!r}, which the module has; is it another model's?")
-    weights = {name: named[first[name]] for name in module.state_dict()}
-    with new_folder(Path(folder)) as (fd, staging):
-        save(str(staging), state_dict=weights, safe_serialization=True, **options)
-        flush_all(fd)
-    return Path(folder)
-
-
-def from_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.Module:
-    """A model of transformers from a local folder: safetensors only, no code from the folder, no weight left to chance.
-
-    Args:
-        model_class: a model class of transformers, or one of its Auto classes.
-        folder: with ``config.json`` and the weights.
-        options: passed on to ``model_class.from_pretrained`` (``torch_dtype``, ``attn_implementation``).
-
-    Returns: the model, in evaluation mode as transformers gives it.
-
-    Raises: CheckpointError if the folder lacks a weight of the model or has others (see
-        :func:`~trainkit.io.checkpoint.partial.restore_partial` for a part of them), or if a file in it is a link,
-        damaged, or names files elsewhere; and what the class raises.
-
-    Example:
-        >>> import tempfile
-        >>> from transformers import AutoModel, BertConfig, BertModel
-        >>> from trainkit.optim import sgd
-        >>> sizes = dict(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
-        >>> model = BertModel(BertConfig(**sizes))
-        >>> with tempfile.TemporaryDirectory() as runs:
-        ...     folder = save_pretrained(model, init_state(model, sgd(0.1)), Path(runs, "final"))
-        ...     again = from_pretrained(AutoModel, folder)
-        >>> torch.equal(again.pooler.dense.weight, model.pooler.dense.weight)
-        True
-    """
-    # Reads all of it once more, and is the only check of what the index names and of where the files are.
-    read_model(folder)
-    fixed = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    module, info = model_class.from_pretrained(str(folder), **options, **fixed)
-    different = {kind: names for kind, names in info.items() if names}
-    if different:
-        raise CheckpointError(f"{folder}: its weights are not those of {type(module).__name__}: {different}")
-    loaded: nn.Module = module
-    return loaded
 
 
 @dataclass(frozen=True)

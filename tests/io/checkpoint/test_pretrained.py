@@ -1,0 +1,109 @@
+"""A folder of transformers runs no code, reads no other folder, and says why it is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from trainkit import init_state
+from trainkit.io.checkpoint import CheckpointError, from_pretrained, save_pretrained
+from trainkit.optim import sgd
+
+SIZES = {"vocab_size": 7, "n_positions": 4, "n_embd": 4, "n_layer": 1, "n_head": 1}
+KERNEL = "somebody/kernel"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES))
+    return save_pretrained(module, init_state(module, sgd(0.1)), tmp_path / "model")
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that transformers asks the hub for, and would import."""
+    found: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.load_and_register_kernel", found.append)
+    return found
+
+
+def change(folder: Path, **entries: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation_internal", "_attn_implementation"])
+def test_a_configuration_fetches_no_code(key: str, folder: Path, fetched: list[str]) -> None:
+    change(folder, **{key: KERNEL})
+    # What transformers does with the folder that was just written to.
+    transformers.GPT2LMHeadModel.from_pretrained(folder, trust_remote_code=False)
+    assert set(fetched) == {KERNEL}
+    fetched.clear()
+    for model_class in (transformers.GPT2LMHeadModel, transformers.AutoModelForCausalLM):
+        with pytest.raises(CheckpointError, match=rf"config.json: {key} is '{KERNEL}', which asks for code"):
+            from_pretrained(model_class, folder)
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "key"),
+    [
+        ({"text_config": {"attn_implementation": KERNEL}}, "attn_implementation"),
+        ({"parts": [{"deep": {"_attn_implementation": {"vision": KERNEL}}}]}, "_attn_implementation"),
+        ({"keypoint_detector_config": {"trust_remote_code": True}}, "trust_remote_code"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),
+    ],
+)
+def test_no_part_of_a_configuration_asks_for_more(entries: dict[str, Any], key: str, folder: Path) -> None:
+    change(folder, **entries)
+    with pytest.raises(CheckpointError, match=f"config.json: {key} is"):
+        from_pretrained(transformers.AutoModelForCausalLM, folder)
+
+
+def test_an_adapter_that_names_another_model_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/another/model"}')
+    with pytest.raises(CheckpointError, match=r"has adapter_config\.json"):
+        from_pretrained(transformers.AutoModelForCausalLM, folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"a":' * 100_000], ids=["cut", "deep list", "deep mapping"])
+def test_a_configuration_that_is_no_json_is_refused(content: str, folder: Path) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json: no valid JSON"):
+        from_pretrained(transformers.AutoModelForCausalLM, folder)
+
+
+def test_a_configuration_that_is_a_link_or_too_large_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").rename(tmp_path / "elsewhere.json")
+    (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        from_pretrained(transformers.AutoModelForCausalLM, folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(b" " * (16 * 2**20 + 1))
+    with pytest.raises(CheckpointError, match=r"config\.json: has 16777217 bytes"):
+        from_pretrained(transformers.AutoModelForCausalLM, folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "expected"),
+    [
+        ({"_attn_implementation": "eager", "trust_remote_code": False}, {}, "eager"),
+        ({"attn_implementation": None}, {"attn_implementation": "eager"}, "eager"),
+        ({}, {}, "sdpa"),
+    ],
+)
+def test_what_stays_in_the_folder_is_loaded(
+    entries: dict[str, Any], options: dict[str, Any], expected: str, folder: Path, fetched: list[str]
+) -> None:
+    load: Callable[..., nn.Module] = transformers.GPT2LMHeadModel.from_pretrained
+    weights = load(folder).state_dict()
+    change(folder, **entries)
+    back: Any = from_pretrained(transformers.AutoModelForCausalLM, folder, **options)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in back.state_dict().items())
+    assert back.config._attn_implementation == expected
+    assert fetched == []
