@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,15 @@ def test_the_versions_of_the_tests_are_allowed_ones() -> None:
     for name, requirement in wanted.items():
         ((operator, version),) = ((one.operator, one.version) for one in pinned[name].specifier)
         assert operator == "==" and requirement.specifier.contains(version), name
+
+
+def test_the_audit_passes_over_the_explained_advisories_only() -> None:
+    printed = subprocess.run(["make", "-n", "audit"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    explained = re.findall(r"^\| (\S*\d{4}-\d+) \|", (ROOT / "docs/advisories.md").read_text(encoding="utf-8"), re.M)
+    assert re.findall(r"--ignore-vuln (\S+)", printed) == explained != []
+
+
+def test_nothing_that_follows_the_paths_of_an_index_is_called() -> None:
+    """CVE-2026-69112, for which accelerate has no release."""
+    calls = ("load_checkpoint_in_model", "load_checkpoint_and_dispatch")
+    assert [file for file in SOURCES if any(call in file.read_text(encoding="utf-8") for call in calls)] == []
