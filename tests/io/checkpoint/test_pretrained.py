@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.utils.backbone_utils import load_backbone
 
 from trainkit import init_state
 from trainkit.io.checkpoint import CheckpointError, from_pretrained, save_pretrained
@@ -37,15 +38,26 @@ def change(folder: Path, **entries: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
-@pytest.mark.parametrize("key", ["_attn_implementation_internal", "_attn_implementation"])
-def test_a_configuration_fetches_no_code(key: str, folder: Path, fetched: list[str]) -> None:
-    change(folder, **{key: KERNEL})
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"_attn_implementation_internal": KERNEL},
+        {"_attn_implementation": KERNEL},
+        {
+            "attribute_map": {**transformers.GPT2Config.attribute_map, "other": "_attn_implementation_internal"},
+            "other": KERNEL,
+        },
+    ],
+    ids=["internal", "public", "mapped"],
+)
+def test_a_configuration_fetches_no_code(entries: dict[str, Any], folder: Path, fetched: list[str]) -> None:
+    change(folder, **entries)
     # What transformers does with the folder that was just written to.
     transformers.GPT2LMHeadModel.from_pretrained(folder, trust_remote_code=False)
     assert set(fetched) == {KERNEL}
     fetched.clear()
     for model_class in (transformers.GPT2LMHeadModel, transformers.AutoModelForCausalLM):
-        with pytest.raises(CheckpointError, match=rf"config.json: {key} is '{KERNEL}', which asks for code"):
+        with pytest.raises(CheckpointError, match=f"config.json: {next(iter(entries))} is .*, which asks for code"):
             from_pretrained(model_class, folder)
     assert fetched == []
 
@@ -57,12 +69,53 @@ def test_a_configuration_fetches_no_code(key: str, folder: Path, fetched: list[s
         ({"parts": [{"deep": {"_attn_implementation": {"vision": KERNEL}}}]}, "_attn_implementation"),
         ({"keypoint_detector_config": {"trust_remote_code": True}}, "trust_remote_code"),
         ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),
+        ({"backbone": "somebody/model", "use_pretrained_backbone": True}, "backbone"),
+        ({"encoder": {"backbone": "..", "use_timm_backbone": False}}, "backbone"),
+        ({"keypoint_detector_config": {"model_type": "x", "_name_or_path": "somebody/x"}}, "keypoint_detector_config"),
+        ({"semantic_model_config": {"_name_or_path": "somebody/x"}}, "semantic_model_config"),
     ],
 )
 def test_no_part_of_a_configuration_asks_for_more(entries: dict[str, Any], key: str, folder: Path) -> None:
     change(folder, **entries)
     with pytest.raises(CheckpointError, match=f"config.json: {key} is"):
         from_pretrained(transformers.AutoModelForCausalLM, folder)
+
+
+def lightglue(part: dict[str, Any]) -> Any:
+    return transformers.LightGlueConfig(keypoint_detector_config={**part, "model_type": "none"})
+
+
+def xcodec(part: dict[str, Any]) -> Any:
+    return transformers.XcodecConfig(semantic_model_config=part)
+
+
+def dpt(part: dict[str, Any]) -> Any:
+    config = transformers.DPTConfig(backbone=part["_name_or_path"], use_pretrained_backbone=False)
+    load_backbone(config)
+    return config
+
+
+@pytest.mark.parametrize("make", [lightglue, xcodec, dpt])
+def test_no_configuration_of_a_part_is_read_elsewhere(
+    make: Callable[[dict[str, Any]], Any], folder: Path, fetched: list[str], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    small: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    transformers.Dinov2Config(**small).save_pretrained(elsewhere)
+    change(elsewhere, _attn_implementation_internal=KERNEL)
+    # What transformers does with it: it reads the other folder, which may ask for a kernel.
+    config = make({"_name_or_path": str(elsewhere)})
+    parts = [getattr(config, name, None) for name in ("keypoint_detector_config", "semantic_model_config")]
+    assert fetched == [KERNEL] or any(isinstance(part, transformers.Dinov2Config) for part in parts)
+    written = json.loads(config.to_json_string())
+    for name in ("keypoint_detector_config", "semantic_model_config"):
+        if name in written:
+            written[name] = {"model_type": "none", "_name_or_path": str(elsewhere)}
+    (folder / "config.json").write_text(json.dumps(written))
+    fetched.clear()
+    with pytest.raises(CheckpointError, match="which asks for code or files from elsewhere"):
+        from_pretrained(transformers.AutoModel, folder)
+    assert fetched == []
 
 
 def test_an_adapter_that_names_another_model_is_refused(folder: Path) -> None:
@@ -95,6 +148,9 @@ def test_a_configuration_that_is_a_link_or_too_large_is_refused(folder: Path, tm
         ({"_attn_implementation": "eager", "trust_remote_code": False}, {}, "eager"),
         ({"attn_implementation": None}, {"attn_implementation": "eager"}, "eager"),
         ({}, {}, "sdpa"),
+        ({"backbone": "resnet50"}, {}, "sdpa"),
+        ({"backbone": "timm/resnet50", "use_timm_backbone": True}, {}, "sdpa"),
+        ({"keypoint_detector_config": {"model_type": "superpoint", "_name_or_path": "a/b"}}, {}, "sdpa"),
     ],
 )
 def test_what_stays_in_the_folder_is_loaded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,10 @@ def from_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.
 
 
 def _check_config(folder: Path) -> None:
-    """Refuse what makes transformers 4.57 run code or read files that are not the folder's.
+    """Refuse what makes transformers 4.57 run code or read configurations that are not the folder's.
 
-    Source: CVE-2026-4372 (attn_implementation), CVE-2026-5241 (trust_remote_code).
+    Source: CVE-2026-4372 (attn_implementation), CVE-2026-5241 (trust_remote_code); ``load_backbone``,
+    ``LightGlueConfig`` and ``XcodecConfig`` of transformers 4.57.1.
     """
     with files.reading(str(folder)), files.opened(folder) as fd:
         if files.exists(fd, ADAPTER):
@@ -123,31 +124,66 @@ def _check_config(folder: Path) -> None:
             return
         data = files.read_small(fd, CONFIG, _MAX_CONFIG_BYTES, f"{folder / CONFIG}")
     try:
-        entries = list(_entries(json.loads(data.decode())))
+        asked = next(_requests(json.loads(data.decode())), None)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG}: no valid JSON: {error}") from error
-    for key, value in entries:
-        if _asks_for_more(key, value):
-            raise CheckpointError(
-                f"{folder / CONFIG}: {key} is {value!r:.200}, which asks for code or files from elsewhere. If you want "
-                "that, take it out and load with the model class itself, or give it as an option (attn_implementation)"
-            )
+    if asked is not None:
+        key, value = asked
+        raise CheckpointError(
+            f"{folder / CONFIG}: {key} is {value!r:.200}, which asks for code or files from elsewhere. If you want "
+            "that, take it out and give it as an option (attn_implementation), or load with the model class itself"
+        )
 
 
-def _asks_for_more(key: str, value: Any) -> bool:
-    if "attn_implementation" in key:
-        # "owner/repository", a kernel that is fetched and imported; by part of the model where it is a mapping.
-        return any(isinstance(one, str) and "/" in one for one in (value, *(v for _, v in _entries(value))))
-    return (key == "trust_remote_code" and bool(value)) or key == "configuration_files"
+def _requests(config: Any) -> Iterator[tuple[str, Any]]:
+    """What some part of a configuration wants from elsewhere."""
+    for part in _mappings(config):
+        for key, value in part.items():
+            asks = _REQUESTS.get(key, _names_kernel if "attn_implementation" in key else None)
+            if asks is not None and asks(value, part):
+                yield key, value
 
 
-def _entries(found: Any) -> Iterator[tuple[str, Any]]:
-    """The keys and values of all mappings in it."""
+def _mappings(found: Any) -> Iterator[dict[str, Any]]:
+    """All mappings in it, itself among them."""
     rest = [found]
     while rest:
         part = rest.pop()
         if isinstance(part, dict):
-            yield from part.items()
+            yield part
             rest.extend(part.values())
         elif isinstance(part, list):
             rest.extend(part)
+
+
+def _names_kernel(value: Any, part: dict[str, Any]) -> bool:
+    # "owner/repository", which is fetched and imported; by part of the model where the value is a mapping.
+    values = (value, *(one for mapping in _mappings(value) for one in mapping.values()))
+    return any(isinstance(one, str) and "/" in one for one in values)
+
+
+def _names_backbone(value: Any, part: dict[str, Any]) -> bool:
+    # A model whose own configuration is loaded, and asks in turn. The models of timm bring no code.
+    return isinstance(value, str) and ("/" in value or value[:1] == ".") and not part.get("use_timm_backbone")
+
+
+def _names_detector(value: Any, part: dict[str, Any]) -> bool:
+    # LightGlue loads the configuration of one that transformers does not know from where its _name_or_path says.
+    return isinstance(value, dict) and value.get("model_type", "superpoint") != "superpoint"
+
+
+def _names_encoder(value: Any, part: dict[str, Any]) -> bool:
+    # So does Xcodec.
+    return isinstance(value, dict) and "_name_or_path" in value
+
+
+_REQUESTS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    # What is set under one name takes effect under another.
+    "attribute_map": lambda value, part: True,
+    "backbone": _names_backbone,
+    "configuration_files": lambda value, part: True,
+    "keypoint_detector_config": _names_detector,
+    "semantic_model_config": _names_encoder,
+    "trust_remote_code": lambda value, part: value,
+}
+"""By key: whether a value in a mapping asks for code or files from elsewhere."""
