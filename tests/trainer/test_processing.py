@@ -24,14 +24,14 @@ def test_a_template_named_after_another_folder_is_refused(tmp_path: Path) -> Non
     hostile.save_pretrained(tmp_path / "theirs" / "model")
     assert (tmp_path / "theirs" / "stolen.jinja").read_text() == "y"
     folder = tmp_path / "ours" / "model"
-    with pytest.raises(ValueError, match=r"chat template named '\.\./\.\./stolen'"):
+    with pytest.raises(ValueError, match=r"has a file named '\.\./\.\./stolen'"):
         write_processing(hostile, folder)
     assert not folder.parent.exists()
 
 
-@pytest.mark.parametrize("name", ["/tmp/x", "a/b", "a\\b", "a\0"])
+@pytest.mark.parametrize("name", ["/tmp/x", "a/../../b", "..\\b", "c:x", "a\0"])
 def test_separators_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="processing_class: PreTrainedTokenizerFast has a chat template named"):
+    with pytest.raises(ValueError, match="processing_class: PreTrainedTokenizerFast has a file named"):
         check_processing(tokenizer({name: "x"}))
 
 
@@ -47,6 +47,26 @@ def test_the_trainer_refuses_before_it_trains(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"processing_class: .*'\.\./x'"):
         Trainer(make_net(), args, processing_class=tokenizer({"../x": "y"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    found: Any = tokenizer(None)
+    found.vocab_file, found.name_or_path = str(tmp_path / "secret.txt"), "somebody/model"
+    with pytest.raises(ValueError, match=r"has vocab_file '.*secret\.txt', which is none of its files"):
+        check_processing(found)
+    found.name_or_path = str(tmp_path)
+    check_processing(found)
+    found.name_or_path = ""
+    check_processing(found)
+
+
+def test_the_presets_of_a_speaker_stay_in_the_folder() -> None:
+    found: Any = tokenizer(None)
+    found.speaker_embeddings = {"v2/en_speaker_1": {}}
+    check_processing(found)
+    found.speaker_embeddings = {"../../x": {}}
+    with pytest.raises(ValueError, match=r"named '\.\./\.\./x'"):
+        check_processing(found)
 
 
 @pytest.mark.parametrize("templates", [None, "x", {"default": "x", "tool use": "y"}])

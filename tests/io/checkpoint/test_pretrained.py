@@ -1,6 +1,7 @@
 """A folder of transformers runs no code, reads no other folder, and says why it is refused."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,51 @@ def test_a_configuration_fetches_no_code(entries: dict[str, Any], folder: Path, 
         ({"encoder": {"backbone": "..", "use_timm_backbone": False}}, "backbone"),
         ({"keypoint_detector_config": {"model_type": "x", "_name_or_path": "somebody/x"}}, "keypoint_detector_config"),
         ({"semantic_model_config": {"_name_or_path": "somebody/x"}}, "semantic_model_config"),
+        ({"backbone": "folder", "use_timm_backbone": False}, "backbone"),
+        ({"backbone": "hf-hub:somebody/x", "use_timm_backbone": True}, "backbone"),
+        ({"architecture": "local-dir:/x"}, "architecture"),
+        ({"backbone_kwargs": {"checkpoint_path": "x.bin"}}, "checkpoint_path"),
+        ({"transformers_weights": "../other/model.safetensors"}, "transformers_weights"),
+        ({"decoder": {"auto_map": {"AutoModelForCausalLM": "somebody/x--code.Model"}}}, "auto_map"),
     ],
 )
 def test_no_part_of_a_configuration_asks_for_more(entries: dict[str, Any], key: str, folder: Path) -> None:
     change(folder, **entries)
     with pytest.raises(CheckpointError, match=f"config.json: {key} is"):
         from_pretrained(transformers.AutoModelForCausalLM, folder)
+
+
+def test_code_in_the_folder_is_not_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where transformers puts such code, and imports it from.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("print('run')\ndef generate(*args): pass\n")
+    # What transformers does with it.
+    transformers.GPT2LMHeadModel.from_pretrained(folder, trust_remote_code=False)
+    assert capsys.readouterr().out == "run\n"
+    with pytest.raises(CheckpointError, match="has custom_generate, whose code transformers runs"):
+        from_pretrained(transformers.GPT2LMHeadModel, folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_weights_of_another_folder_are_not_read(folder: Path, tmp_path: Path) -> None:
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES))
+    save_pretrained(other, init_state(other, sgd(0.1)), tmp_path / "other")
+    change(folder, transformers_weights="../other/model.safetensors")
+    # What transformers does with it.
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True)
+    assert torch.equal(theirs.transformer.wte.weight, other.transformer.wte.weight)
+    with pytest.raises(CheckpointError, match=r"config\.json: transformers_weights is '\.\./other"):
+        from_pretrained(transformers.GPT2LMHeadModel, folder)
+
+
+@pytest.mark.parametrize("option", [{"subfolder": "x"}, {"variant": "fp16"}, {"gguf_file": "x.gguf"}])
+def test_options_that_load_other_files_are_refused(option: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"options: {next(iter(option))} makes transformers load other files"):
+        from_pretrained(transformers.GPT2LMHeadModel, folder, **option)
 
 
 def lightglue(part: dict[str, Any]) -> Any:
@@ -148,7 +188,8 @@ def test_a_configuration_that_is_a_link_or_too_large_is_refused(folder: Path, tm
         ({"_attn_implementation": "eager", "trust_remote_code": False}, {}, "eager"),
         ({"attn_implementation": None}, {"attn_implementation": "eager"}, "eager"),
         ({}, {}, "sdpa"),
-        ({"backbone": "resnet50"}, {}, "sdpa"),
+        ({"backbone": "resnet50", "use_timm_backbone": True}, {}, "sdpa"),
+        ({"auto_map": {"AutoConfig": "code.Config"}}, {}, "sdpa"),
         ({"backbone": "timm/resnet50", "use_timm_backbone": True}, {}, "sdpa"),
         ({"keypoint_detector_config": {"model_type": "superpoint", "_name_or_path": "a/b"}}, {}, "sdpa"),
     ],

@@ -16,8 +16,10 @@ from trainkit.io.checkpoint.format import flatten_state
 from trainkit.io.checkpoint.model_files import first_names, flush_all, new_folder, read_model
 from trainkit.state import TrainState
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG, ADAPTER, GENERATE = "config.json", "adapter_config.json", "custom_generate"
 _MAX_CONFIG_BYTES = 16 * 2**20
+_UNCHECKED = ("subfolder", "variant", "gguf_file", "state_dict", "from_tf", "from_flax", "adapter_kwargs")
+"""Options with which transformers loads something else than what was checked."""
 
 
 def save_pretrained(module: nn.Module, state: TrainState, folder: str | Path, **options: Any) -> Path:
@@ -77,10 +79,14 @@ def from_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.
 
     Returns: the model, in evaluation mode as transformers gives it.
 
-    Raises: CheckpointError if the folder lacks a weight of the model or has others (see
-        :func:`~trainkit.io.checkpoint.partial.restore_partial` for a part of them); if a file in it is a link,
-        damaged, or names files elsewhere; or if its configuration asks for code from elsewhere, which transformers
-        before 5.5 runs whatever ``trust_remote_code`` says; and what the class raises.
+    Raises:
+        ValueError: an option makes transformers load something else than the folder's own files.
+        CheckpointError: the folder lacks a weight of the model or has others (see
+            :func:`~trainkit.io.checkpoint.partial.restore_partial` for a part of them); a weight file or
+            ``config.json`` is a link, damaged, or names files elsewhere; the folder has code that transformers would
+            run, or its configuration asks for some, which transformers before 5.5 runs whatever ``trust_remote_code``
+            says.
+        Exception: what the class raises.
 
     Example:
         >>> import tempfile
@@ -96,6 +102,12 @@ def from_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.
         >>> torch.equal(again.pooler.dense.weight, model.pooler.dense.weight)
         True
     """
+    unchecked = [name for name in _UNCHECKED if options.get(name)]
+    if unchecked:
+        raise ValueError(
+            f"options: {unchecked[0]} makes transformers load other files than those that are checked; expected the "
+            "folder that holds config.json and model.safetensors, or load with the model class itself"
+        )
     # Reads all of it once more, and is the only check of what the index names and of where the files are.
     read_model(folder)
     _check_config(Path(folder))
@@ -120,6 +132,11 @@ def _check_config(folder: Path) -> None:
                 f"{folder}: has {ADAPTER}, with which transformers loads the model that it names instead of this one; "
                 "load that model and its adapter with peft"
             )
+        if files.exists(fd, GENERATE):
+            raise CheckpointError(
+                f"{folder}: has {GENERATE}, whose code transformers runs when it loads the model; take it out, or load "
+                "with the model class itself if you trust it"
+            )
         if not files.exists(fd, CONFIG):
             return
         data = files.read_small(fd, CONFIG, _MAX_CONFIG_BYTES, f"{folder / CONFIG}")
@@ -130,14 +147,17 @@ def _check_config(folder: Path) -> None:
     if asked is not None:
         key, value = asked
         raise CheckpointError(
-            f"{folder / CONFIG}: {key} is {value!r:.200}, which asks for code or files from elsewhere. If you want "
-            "that, take it out and give it as an option (attn_implementation), or load with the model class itself"
+            f"{folder / CONFIG}: {key} is {value!r:.200}, which asks for code or files from elsewhere; take it "
+            "out, or load with the model class itself if you trust it"
         )
 
 
 def _requests(config: Any) -> Iterator[tuple[str, Any]]:
     """What some part of a configuration wants from elsewhere."""
     for part in _mappings(config):
+        if part is not config and "auto_map" in part:
+            # Of the whole, trust_remote_code=False decides; for a part, transformers asks at the terminal.
+            yield "auto_map", part["auto_map"]
         for key, value in part.items():
             asks = _REQUESTS.get(key, _names_kernel if "attn_implementation" in key else None)
             if asks is not None and asks(value, part):
@@ -163,8 +183,17 @@ def _names_kernel(value: Any, part: dict[str, Any]) -> bool:
 
 
 def _names_backbone(value: Any, part: dict[str, Any]) -> bool:
-    # A model whose own configuration is loaded, and asks in turn. The models of timm bring no code.
-    return isinstance(value, str) and ("/" in value or value[:1] == ".") and not part.get("use_timm_backbone")
+    # A model whose own configuration is loaded, and asks in turn; a bare name may be a folder. Of timm, its own names.
+    return bool(value) and (not part.get("use_timm_backbone") or _names_source(value, part))
+
+
+def _names_source(value: Any, part: dict[str, Any]) -> bool:
+    # timm: "hf-hub:owner/model", "local-dir:/folder".
+    return not isinstance(value, str) or ":" in value
+
+
+def _is_given(value: Any, part: dict[str, Any]) -> bool:
+    return bool(value)
 
 
 def _names_detector(value: Any, part: dict[str, Any]) -> bool:
@@ -177,13 +206,21 @@ def _names_encoder(value: Any, part: dict[str, Any]) -> bool:
     return isinstance(value, dict) and "_name_or_path" in value
 
 
-_REQUESTS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
-    # What is set under one name takes effect under another.
-    "attribute_map": lambda value, part: True,
+_REQUESTS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
+    "architecture": _names_source,
     "backbone": _names_backbone,
-    "configuration_files": lambda value, part: True,
     "keypoint_detector_config": _names_detector,
     "semantic_model_config": _names_encoder,
-    "trust_remote_code": lambda value, part: value,
+    **dict.fromkeys(
+        (
+            "attribute_map",  # What is set under one name takes effect under another.
+            "checkpoint_path",  # timm before 1.0.20 unpickles it.
+            "configuration_files",
+            "pretrained_cfg_overlay",
+            "transformers_weights",  # Another file, also a pickle.
+            "trust_remote_code",
+        ),
+        _is_given,
+    ),
 }
 """By key: whether a value in a mapping asks for code or files from elsewhere."""
