@@ -190,6 +190,7 @@ def test_a_configuration_that_is_a_link_or_too_large_is_refused(folder: Path, tm
         ({}, {}, "sdpa"),
         ({"backbone": "resnet50", "use_timm_backbone": True}, {}, "sdpa"),
         ({"auto_map": {"AutoConfig": "code.Config"}}, {}, "sdpa"),
+        ({"architecture": None, "backbone": None, "vision": {"backbone": {"model_type": "resnet"}}}, {}, "sdpa"),
         ({"backbone": "timm/resnet50", "use_timm_backbone": True}, {}, "sdpa"),
         ({"keypoint_detector_config": {"model_type": "superpoint", "_name_or_path": "a/b"}}, {}, "sdpa"),
     ],

@@ -184,12 +184,12 @@ def _names_kernel(value: Any, part: dict[str, Any]) -> bool:
 
 def _names_backbone(value: Any, part: dict[str, Any]) -> bool:
     # A model whose own configuration is loaded, and asks in turn; a bare name may be a folder. Of timm, its own names.
-    return bool(value) and (not part.get("use_timm_backbone") or _names_source(value, part))
+    return isinstance(value, str) and value != "" and (not part.get("use_timm_backbone") or _names_source(value, part))
 
 
 def _names_source(value: Any, part: dict[str, Any]) -> bool:
     # timm: "hf-hub:owner/model", "local-dir:/folder".
-    return not isinstance(value, str) or ":" in value
+    return isinstance(value, str) and ":" in value
 
 
 def _is_given(value: Any, part: dict[str, Any]) -> bool:
