@@ -1,4 +1,4 @@
-"""Model folders of transformers: written with the weights of a state, and read without running what they name."""
+"""Model folders of transformers: written with the weights of a state; read only if they ask for nothing else."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def save_pretrained(module: nn.Module, state: TrainState, folder: str | Path, **
 
 
 def from_pretrained(model_class: Any, folder: str | Path, **options: Any) -> nn.Module:
-    """A model of transformers from a local folder: safetensors only, no code from the folder, no weight left to chance.
+    """A model of transformers from a local folder: safetensors only, no weight left to chance.
+
+    What is known to make transformers 4.57 run code of the folder, or read another one, is refused: docs/advisories.md.
 
     Args:
         model_class: a model class of transformers, or one of its Auto classes.
