@@ -115,8 +115,9 @@ class HostMemory:
             # In this thread, whose stream is that of the steps: behind the last one, and before what may overwrite it.
             _copy_tensors(into, rest)
         copies = (copy for i, address in large.items() for copy in _by_piece(address, tensors[i]))
-        # Half of them fill the bus, and on the other cores the threads of torch go round for a while after a kernel.
-        _in_threads(copies, _threads() // 2)
+        # One does not fill the bus of every processor. Of more, half do, and on the other cores the threads of torch go
+        # round for a while after a kernel.
+        _in_threads(copies, max(2, _threads() // 2))
         _wait_for(self._devices)
         return self._copy
 
